@@ -1,0 +1,5 @@
+"""Metadata, dependencies and tool settings live in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
