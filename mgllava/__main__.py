@@ -1,0 +1,5 @@
+"""`python -m mgllava` is `mgllava`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,132 @@
+"""The command line: `mgllava demo | chat | convert | doctor`."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="MG-LLaVA: ask about pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+console = Console(stderr=True)
+
+
+def friendly_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Bad input ends a command with one line that says what was expected, not with a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            console.print("[bold red]error:[/]", end=" ")
+            console.print(str(error), markup=False, highlight=False)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+@app.command()
+@friendly_errors
+def demo() -> None:
+    """Look at a picture offline, on the CPU: an untrained miniature is converted and answers."""
+    from .demo import run_demo
+
+    run_demo(console)
+
+
+@app.command()
+@friendly_errors
+def chat(
+    model: Annotated[str, typer.Option(help="Folder that `mgllava convert` wrote, or a hub id.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Picture to talk about: path or URL; may be repeated.")
+    ] = None,
+    boxes: Annotated[
+        list[Path] | None,
+        typer.Option(help='JSON with the picture\'s {"boxes", "labels", "scores"}; one per picture, in order.'),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask once, print the answer and end. Without it: a conversation.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Ask about a picture. In a conversation, RESET forgets it and EXIT ends it."""
+    from transformers.utils import logging
+
+    from .chat import ChatSession, load_model, stdout_streamer
+    from .image_processing_mgllava import load_picture
+    from .objects.boxes import load_detections
+
+    logging.disable_progress_bar()
+    images = image or []
+    if boxes and len(boxes) != len(images):
+        raise ValueError(f"{len(images)} pictures came with {len(boxes)} boxes files; expected one for each")
+    # Everything that can be wrong with the input shows before the weights load.
+    pictures = [load_picture(name) for name in images]
+    detections = [load_detections(path, image=name) for path, name in zip(boxes or [], images, strict=True)]
+    if images and not boxes:
+        console.print("no --boxes: the picture is read without objects", style="dim")
+    loaded, processor = load_model(model, dtype, device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    session = ChatSession(
+        loaded, processor, pictures, detections or None, max_new_tokens=max_new_tokens, **sampling
+    )
+    streamer = stdout_streamer(processor)
+    if prompt is not None:
+        session.ask(prompt, streamer)
+        return
+    console.print("RESET forgets the conversation, EXIT ends it.", style="dim")
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if question == "EXIT":
+            return
+        if question == "RESET":
+            session.reset()
+        elif question:
+            try:
+                session.ask(question, streamer)
+            except KeyboardInterrupt:
+                print()
+
+
+@app.command()
+@friendly_errors
+def doctor() -> None:
+    """Report versions, devices, the path each op takes and why, and what does not fit together."""
+    from rich.table import Table
+
+    from .doctor import examine
+
+    report = examine()
+    out = Console()
+    for title, rows in report.sections.items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
+    for problem in report.problems:
+        out.print("!", problem, style="yellow", markup=False, highlight=False)
+    if not report.problems:
+        out.print("nothing amiss", style="green")
+
+
+def main() -> None:
+    app(prog_name="mgllava")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

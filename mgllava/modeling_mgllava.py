@@ -1,0 +1,542 @@
+"""MG-LLaVA (arXiv 2406.17770) as transformers model classes.
+
+One picture's way through this file: `get_image_features` encodes it at low and high resolution, fuses the two
+(`fusion`), pools every box over the ConvNeXt stages, and projects both token sets; `merge_image_features` puts
+the tokens where the placeholders stand; then the language model reads on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align
+
+from .configuration_mgllava import MGLlavaConfig
+from .high_res_tower import MGLlavaHighResTower
+
+IGNORE_INDEX = -100
+PICTURE_INPUTS = ("pixel_values", "pixel_values_high_res", "boxes", "num_boxes")
+
+
+@dataclass
+class MGLlavaImageFeatures(ModelOutput):
+    """What `get_image_features` returns.
+
+    Attributes:
+        pooler_output: one tensor (N + K_max, T) per picture: N image tokens, then its object tokens. Rows from
+            N + num_objects on are padding.
+        num_objects: (images,), how many object tokens of each picture are real. It stays on the device; None
+            means all of them.
+    """
+
+    pooler_output: list[Tensor] | None = None
+    num_objects: Tensor | None = None
+
+
+@dataclass
+class MGLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `MGLlavaModel`.
+
+    Attributes:
+        image_hidden_states: (images, N + K_max, T), the projected image and object tokens.
+    """
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class MGLlavaCausalLMOutputWithPast(ModelOutput):
+    """Output of `MGLlavaForConditionalGeneration`.
+
+    Attributes:
+        loss: scalar, next-token cross entropy over the labels that are not -100.
+        logits: (B, L, vocabulary).
+        image_hidden_states: (images, N + K_max, T), the projected image and object tokens.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class MGLlavaPreTrainedModel(PreTrainedModel):
+    config_class = MGLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # The fused ops read weights straight from these modules, so a device map must not cut through them.
+    _no_split_modules = ("MGLlavaHighResTower", "ConvGateFusion", "Projector")
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class MGLlavaModel(MGLlavaPreTrainedModel):
+    """Both vision towers, their fusion, the projectors and the language model without its head."""
+
+    def __init__(self, config: MGLlavaConfig):
+        super().__init__(config)
+        text_width = config.get_text_config().hidden_size
+        stage_widths = config.high_res_config.stage_widths
+
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.high_res_tower = MGLlavaHighResTower(config.high_res_config)
+        self.fusion = ConvGateFusion(
+            config.vision_config.hidden_size, stage_widths[-1], variant=config.fusion_variant
+        )
+        self.image_projector = Projector(self.fusion.out_features, text_width)
+        self.object_projector = Projector(sum(stage_widths), text_width)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers calls this for layers that hold parameters, never for what contains them. Parameters that
+        # were loaded are flagged, and the initialisers leave them alone.
+        for part in (self.high_res_tower, self.fusion, self.image_projector, self.object_projector):
+            if any(module is own for own in part.modules()):
+                if not getattr(part, "_is_hf_initialized", False):
+                    part.reset_parameters()
+                    part._is_hf_initialized = True
+                return
+        super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def encode_low_res(self, pixel_values: Tensor) -> Tensor:
+        """Pictures (images, 3, S_l, S_l) to ViT tokens (images, N, D): one hidden state, CLS dropped."""
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
+        return outputs.hidden_states[self.config.vision_feature_layer][:, 1:]
+
+    def pool_objects(self, stages: list[Tensor], boxes: Tensor) -> Tensor:
+        """One vector per box: RoIAlign over all stages at the finest grid, averaged over its bins.
+
+        Args:
+            stages: ConvNeXt stage maps, finest first, each (images, C_l, H_l, W_l).
+            boxes: (images, K_max, 4) xyxy in high-resolution pixels.
+
+        Returns:
+            (images, K_max, ΣC_l).
+        """
+        images, max_boxes, _ = boxes.shape
+        index = torch.arange(images, device=boxes.device, dtype=torch.float32)
+        index = index[:, None, None].expand(images, max_boxes, 1)
+        # Coordinates stay in float32: bfloat16 cannot tell pixel 513 from 514.
+        rois = torch.cat([index, boxes.float()], dim=-1).reshape(images * max_boxes, 5)
+        pooled = pooled_roi_align(
+            stages,
+            rois,
+            spatial_scale=stages[0].shape[-1] / self.config.high_res_config.image_size,
+            output_size=self.config.roi_output_size,
+            sampling_ratio=self.config.roi_sampling_ratio,
+            aligned=self.config.roi_aligned,
+        )
+        return pooled.reshape(images, max_boxes, -1)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        pixel_values_high_res: Tensor | None = None,
+        boxes: Tensor | None = None,
+        num_boxes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MGLlavaImageFeatures:
+        """The whole vision flow: pictures and boxes to image and object tokens.
+
+        Nothing here waits for the device or depends on a value in it, so it compiles as one graph.
+
+        Args:
+            pixel_values: (images, 3, S_l, S_l), the low-resolution views.
+            pixel_values_high_res: (images, 3, S_h, S_h), the high-resolution views.
+            boxes: (images, K_max, 4) xyxy in high-resolution pixels, any dtype; rows from `num_boxes` on are
+                padding. None: no object tokens.
+            num_boxes: (images,) boxes of each picture. None: all K_max.
+
+        Returns:
+            `MGLlavaImageFeatures`.
+
+        Raises:
+            ValueError: if a shape differs from the above.
+        """
+        self._check_picture_inputs(pixel_values, pixel_values_high_res, boxes, num_boxes)
+        low_res = self.encode_low_res(pixel_values)
+        stages = self.high_res_tower(pixel_values_high_res.to(self.high_res_tower.dtype))
+        fused = self.fusion(low_res, stages[-1])
+        if boxes is None:
+            tokens = self.image_projector(fused)
+        else:
+            objects = self.pool_objects(stages, boxes)
+            tokens = torch.cat([self.image_projector(fused), self.object_projector(objects)], dim=1)
+        return MGLlavaImageFeatures(pooler_output=list(tokens), num_objects=num_boxes)
+
+    def _check_picture_inputs(
+        self,
+        pixel_values: Tensor,
+        pixel_values_high_res: Tensor | None,
+        boxes: Tensor | None,
+        num_boxes: Tensor | None,
+    ) -> None:
+        if pixel_values_high_res is None:
+            raise ValueError("pixel_values came without pixel_values_high_res; the processor returns both")
+        images = pixel_values.shape[0]
+        for name, value, size in (
+            ("pixel_values", pixel_values, self.config.vision_config.image_size),
+            ("pixel_values_high_res", pixel_values_high_res, self.config.high_res_config.image_size),
+        ):
+            if tuple(value.shape) != (images, 3, size, size):
+                raise ValueError(f"{name} is {tuple(value.shape)}; expected {(images, 3, size, size)}")
+        if boxes is None:
+            if num_boxes is not None:
+                raise ValueError("num_boxes came without boxes")
+            return
+        if boxes.dim() != 3 or boxes.shape[0] != images or boxes.shape[2] != 4:
+            raise ValueError(
+                f"boxes is {tuple(boxes.shape)}; expected ({images}, K_max, 4), a row per picture"
+            )
+        if num_boxes is not None and tuple(num_boxes.shape) != (images,):
+            raise ValueError(f"num_boxes is {tuple(num_boxes.shape)}; expected ({images},)")
+
+    def merge_image_features(
+        self, input_ids: Tensor, inputs_embeds: Tensor, features: MGLlavaImageFeatures
+    ) -> tuple[Tensor, Tensor]:
+        """Put image and object tokens where their placeholders stand (paper section 3.1; the splice).
+
+        Args:
+            input_ids: (B, L); every picture is N image placeholders and then its object placeholders.
+            inputs_embeds: (B, L, T).
+            features: of all pictures, in the order in which they appear.
+
+        Returns:
+            The embeddings (B, L, T), and the tokens as (images, N + K_max, T).
+
+        Raises:
+            ValueError: if placeholders and features differ in number or order.
+        """
+        tokens = torch.stack(features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+        images, length, width = tokens.shape
+        num_image_tokens = self.config.num_image_tokens
+        position = torch.arange(length, device=tokens.device)
+        if features.num_objects is None:
+            real = torch.ones(images, length, dtype=torch.bool, device=tokens.device)
+        else:
+            real = position < num_image_tokens + features.num_objects.to(tokens.device)[:, None]
+
+        # Real tokens first, in order: their number is known to the device alone.
+        order = torch.argsort(~real.flatten(), stable=True)
+        is_object = (position >= num_image_tokens).expand(images, length).flatten()[order]
+        image_mask = input_ids == self.config.image_token_id
+        object_mask = input_ids == self.config.object_token_id
+        placeholder = (image_mask | object_mask).to(inputs_embeds.device)
+        self._check_placeholders(image_mask, object_mask, real, is_object)
+        merged = inputs_embeds.masked_scatter(
+            placeholder[..., None], tokens.reshape(images * length, width)[order]
+        )
+        return merged, tokens
+
+    def _check_no_placeholders(self, input_ids: Tensor) -> None:
+        if _is_captured(input_ids):
+            return
+        placeholders = (input_ids == self.config.image_token_id) | (input_ids == self.config.object_token_id)
+        if count := placeholders.sum().item():
+            raise ValueError(
+                f"placeholders and features do not match: the text has {count} placeholders, but no pictures came "
+                "with it (0 features)"
+            )
+
+    def _check_placeholders(
+        self, image_mask: Tensor, object_mask: Tensor, real: Tensor, is_object: Tensor
+    ) -> None:
+        if _is_captured(image_mask):
+            return
+        num_image_tokens = self.config.num_image_tokens
+        counts = (
+            ("image", "pictures", image_mask.sum(), real[:, :num_image_tokens].sum()),
+            ("object", "boxes", object_mask.sum(), real[:, num_image_tokens:].sum()),
+        )
+        for kind, source, placeholders, features in counts:
+            if (given := placeholders.item()) != (wanted := features.item()):
+                raise ValueError(
+                    f"{kind} placeholders and features do not match: the text has {given} {kind} placeholders, "
+                    f"the {source} give {wanted} {kind} features"
+                )
+        kinds = object_mask[image_mask | object_mask]
+        if not torch.equal(kinds, is_object[: kinds.numel()].to(kinds.device)):
+            raise ValueError(
+                f"image and object placeholders are out of order: expected {num_image_tokens} image placeholders "
+                "and then that picture's object placeholders, picture after picture"
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_high_res: Tensor | None = None,
+        boxes: Tensor | None = None,
+        num_boxes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, MGLlavaImageFeatures] | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MGLlavaModelOutputWithPast:
+        """Hidden states of the language model; arguments as in `MGLlavaForConditionalGeneration.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        features = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if features is not None:
+                raise ValueError("expected pixel_values or mm_encoder_outputs, got both")
+            features = self.get_image_features(pixel_values, pixel_values_high_res, boxes, num_boxes)
+        if features is not None and input_ids is None:
+            raise ValueError("pictures came with inputs_embeds; expected input_ids, where the placeholders are")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        tokens = None
+        if features is not None:
+            inputs_embeds, tokens = self.merge_image_features(input_ids, inputs_embeds, features)
+        elif input_ids is not None and input_ids.shape[1] > 1:
+            self._check_no_placeholders(input_ids)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return MGLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=tokens,
+        )
+
+
+class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
+    """MG-LLaVA with its language-model head.
+
+    The two placeholder ids, and every row that was added to the vocabulary for them, have the lowest logit
+    there is: they are never generated and weigh nothing in the loss.
+    """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012 - transformers reads a class attribute
+    # Names of the embedding differ between language models; __init__ narrows this to the one at hand.
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.weight": "model.language_model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: MGLlavaConfig):
+        super().__init__(config)
+        self.model = MGLlavaModel(config)
+        self.lm_head = language_model_head(config.text_config)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        pixel_values_high_res: Tensor | None = None,
+        boxes: Tensor | None = None,
+        num_boxes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MGLlavaImageFeatures:
+        """See `MGLlavaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, pixel_values_high_res, boxes, num_boxes, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_high_res: Tensor | None = None,
+        boxes: Tensor | None = None,
+        num_boxes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, MGLlavaImageFeatures] | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MGLlavaCausalLMOutputWithPast:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            input_ids: (B, L). Each picture stands as N `image_token_id` and then its boxes' `object_token_id`;
+                rows without pictures are plain text.
+            pixel_values: (images, 3, S_l, S_l); the pictures of all rows in order.
+            pixel_values_high_res: (images, 3, S_h, S_h).
+            boxes: (images, K_max, 4) xyxy in high-resolution pixels, rows from `num_boxes` on padding.
+            num_boxes: (images,).
+            attention_mask: (B, L), padding on either side.
+            labels: (B, L), -100 where nothing is to be learned; placeholders are ignored as well.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for given indices.
+            mm_encoder_outputs: `{"image": features}` from `get_image_features`, in place of the pictures.
+            mm_token_type_ids: accepted for serving engines; the placeholders' ids already say what it says.
+
+        Raises:
+            ValueError: if placeholders and picture features do not match, naming both numbers.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_high_res=pixel_values_high_res,
+            boxes=boxes,
+            num_boxes=num_boxes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = scale_logits(self.config.text_config, self.lm_head(hidden_states))
+        self._hide_placeholders(logits)
+
+        loss = None
+        if labels is not None:
+            placeholder = (labels == self.config.image_token_id) | (labels == self.config.object_token_id)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels.masked_fill(placeholder, IGNORE_INDEX),
+                vocab_size=self.config.text_config.vocab_size,
+                **kwargs,
+            )
+        return MGLlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _hide_placeholders(self, logits: Tensor) -> None:
+        # In place, on the head's own output: a masked copy of (B, L, 128,256) float32 logits is 1 GB per 2,048
+        # tokens. The dtype's minimum rather than -inf keeps p·log p of a preference loss at 0 instead of NaN.
+        lowest = torch.finfo(logits.dtype).min
+        logits[..., self.config.image_token_id] = lowest
+        logits[..., self.config.object_token_id] = lowest
+        logits[..., self.config.text_vocab_size :] = lowest
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        # Cached decode steps hold the pictures in their keys and values; without a cache every step needs the
+        # features again, but never the towers.
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in (*PICTURE_INPUTS, "mm_encoder_outputs"):
+                kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Encode the pictures once, before beams multiply the rows, and give every beam its own row's pictures."""
+        pictures = {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS}
+        encoded = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
+        if pictures["pixel_values"] is not None:
+            encoded["image"] = self.get_image_features(**pictures)
+        if (features := encoded.get("image")) is not None and expand_size > 1:
+            if input_ids is None:
+                raise ValueError("pictures came with inputs_embeds; expected input_ids")
+            encoded["image"] = self._expand_features(features, input_ids, expand_size)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        if encoded:
+            model_kwargs["mm_encoder_outputs"] = encoded
+        return input_ids, model_kwargs
+
+    def _expand_features(
+        self, features: MGLlavaImageFeatures, input_ids: Tensor, expand_size: int
+    ) -> MGLlavaImageFeatures:
+        placeholders = (input_ids == self.config.image_token_id).sum(dim=1)
+        pictures_of_row = (placeholders // self.config.num_image_tokens).tolist()
+        order: list[int] = []
+        first = 0
+        for pictures in pictures_of_row:
+            order += list(range(first, first + pictures)) * expand_size
+            first += pictures
+        if first != len(features.pooler_output):
+            raise ValueError(f"the prompts hold {first} pictures, {len(features.pooler_output)} were given")
+        num_objects = features.num_objects
+        return MGLlavaImageFeatures(
+            pooler_output=[features.pooler_output[i] for i in order],
+            num_objects=None if num_objects is None else num_objects[order],
+        )
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether values cannot be read now: inside torch.compile or a CUDA-graph capture."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def language_model_head(text_config: Any) -> nn.Linear:
+    """An output layer of the shape of the causal language model's own: with a bias where that has one."""
+    with torch.device("meta"):
+        bias = AutoModelForCausalLM.from_config(text_config).get_output_embeddings().bias is not None
+    return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=bias)
+
+
+def scale_logits(text_config: Any, logits: Tensor) -> Tensor:
+    """What the causal language model does to its logits: Gemma's soft cap, Cohere's or Granite's scale."""
+    if (soft_cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / soft_cap) * soft_cap
+    if (scale := getattr(text_config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    return logits
