@@ -1,0 +1,250 @@
+"""From a training checkpoint and the three models it builds on to one self-contained folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..configuration_mgllava import MGLlavaConfig
+from ..image_processing_mgllava import MGLlavaImageProcessor
+from ..modeling_mgllava import MGLlavaForConditionalGeneration
+from ..processing_mgllava import MGLlavaProcessor
+from .card import model_card
+from .checkpoint import Checkpoint, open_checkpoint
+from .language import Language, check_template, read_language
+from .mapping import (
+    CHECKPOINT,
+    CLIP,
+    CONVNEXT,
+    LLM,
+    Assignment,
+    WeightMapping,
+    components_in,
+    detect_fusion_variant,
+    map_weights,
+    source_names,
+)
+from .parts import Part, find_part, read_high_res_config, read_text_config, read_vision_config
+from .tensors import ConversionError
+from .weights import OPEN_CLIP_WEIGHTS, TRANSFORMERS_WEIGHTS
+from .write import MAX_SHARD_BYTES, check_disk_space, check_output, complete_or_absent, write_weights
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything that will be written, decided before anything is.
+
+    Attributes:
+        config: the model's configuration.
+        mapping: which tensor becomes which parameter.
+        dtype: the dtype floating-point weights are written in.
+        language: tokenizer, chat template and generation settings.
+        image_processor: the image processor.
+        sources: what each part was converted from, by name.
+        notes: what the user should know, such as a chat template chosen by default.
+    """
+
+    config: MGLlavaConfig
+    mapping: WeightMapping
+    dtype: torch.dtype
+    language: Language
+    image_processor: MGLlavaImageProcessor
+    sources: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The mapping as text, one line per tensor."""
+        return self.mapping.lines()
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """Outcome of `convert_checkpoint`.
+
+    Attributes:
+        plan: what was done, or would be.
+        output: the folder written; None after a dry run.
+    """
+
+    plan: ConversionPlan
+    output: Path | None
+
+    @property
+    def notes(self) -> list[str]:
+        return self.plan.notes
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    llm: str | Path,
+    clip: str | Path,
+    convnext: str | Path,
+    output: str | Path | None,
+    *,
+    template: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ConversionResult:
+    """Convert a training checkpoint to a folder that the Auto classes load.
+
+    Weights stream from memory-mapped files to shards, so memory stays around one shard (`max_shard_bytes`).
+    Nothing in any file is executed. The folder appears under its name only when it is complete.
+
+    Args:
+        checkpoint: an xtuner `.pth` file, a DeepSpeed folder of it, or safetensors.
+        llm, clip, convnext: folder or hub id of the language model, the CLIP ViT (vision half or whole model)
+            and the open_clip ConvNeXt.
+        output: the folder to write; must not exist or be empty. May be None in a dry run.
+        template: built-in chat template; by default the language model's own, `vicuna` where it has none.
+        dtype: dtype of the written weights, as `torch.dtype` or its name; by default that of the language
+            model's weights as stored, and for fp32 master weights of ZeRO the dtype the model was trained in.
+        dry_run: plan and check everything, write nothing.
+        progress: show a progress bar on stderr.
+        max_shard_bytes: size at which a new weight file is begun.
+
+    Raises:
+        ConversionError: before anything is written, if a file is missing, damaged or of another model, if a
+            tensor is missing, left over or wrongly shaped, if `output` is taken or the disk too small.
+    """
+    if output is None and not dry_run:
+        raise ConversionError("no output folder given")
+    if output is not None:
+        output = Path(output).expanduser()
+        check_output(output)
+    plan = plan_conversion(checkpoint, llm, clip, convnext, template=template, dtype=dtype)
+    if dry_run:
+        return ConversionResult(plan, None)
+    check_disk_space(output, plan.mapping.assignments, plan.dtype)
+    with complete_or_absent(output) as folder:
+        write_weights(
+            folder, plan.mapping.assignments, plan.dtype, progress=progress, max_shard_bytes=max_shard_bytes
+        )
+        _write_descriptions(folder, plan, title=output.name)
+    return ConversionResult(plan, output)
+
+
+def plan_conversion(
+    checkpoint: str | Path,
+    llm: str | Path,
+    clip: str | Path,
+    convnext: str | Path,
+    *,
+    template: str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> ConversionPlan:
+    """Read every source's description and assign every tensor, without reading the tensors' values.
+
+    Arguments and errors as in `convert_checkpoint`.
+    """
+    check_template(template)
+    dtype = _as_dtype(dtype)
+    opened = open_checkpoint(checkpoint)
+    llm_part = find_part("--llm", llm, TRANSFORMERS_WEIGHTS)
+    clip_part = find_part("--clip", clip, TRANSFORMERS_WEIGHTS)
+    convnext_part = find_part("--convnext", convnext, OPEN_CLIP_WEIGHTS)
+
+    vision_config = read_vision_config(clip_part)
+    fusion_variant = detect_fusion_variant(opened.tensors, vision_config.hidden_size)
+    text_config = read_text_config(llm_part)
+    text_vocab_size = text_config.vocab_size
+    language = read_language(llm_part, text_vocab_size, template)
+    text_config.vocab_size = language.vocab_size
+    config = MGLlavaConfig(
+        vision_config=vision_config,
+        high_res_config=read_high_res_config(
+            convnext_part, vision_config.image_size // vision_config.patch_size
+        ),
+        text_config=text_config,
+        image_token_id=language.image_token_id,
+        object_token_id=language.object_token_id,
+        text_vocab_size=text_vocab_size,
+        fusion_variant=fusion_variant,
+    )
+    names = source_names(text_config)
+    trained = components_in(opened.tensors, names[CHECKPOINT])
+    mapping = map_weights(
+        config,
+        {
+            CHECKPOINT: opened.tensors,
+            LLM: llm_part.tensors(required="model.language_model." not in trained),
+            CLIP: clip_part.tensors(required="model.vision_tower." not in trained),
+            CONVNEXT: convnext_part.tensors(required="model.high_res_tower." not in trained),
+        },
+        names,
+    )
+    return ConversionPlan(
+        config=config,
+        mapping=mapping,
+        dtype=dtype or _stored_dtype(opened, mapping.assignments),
+        language=language,
+        image_processor=_image_processor(clip_part, config),
+        sources={
+            "MG-LLaVA checkpoint": opened.name,
+            "language model": llm_part.name,
+            "CLIP ViT": clip_part.name,
+            "CLIP ConvNeXt": convnext_part.name,
+        },
+        notes=language.notes,
+    )
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConversionError(f"no floating-point dtype {dtype!r}; expected for example bfloat16 or float16")
+    return dtype
+
+
+def _stored_dtype(checkpoint: Checkpoint, assignments: list[Assignment]) -> torch.dtype:
+    """The dtype of the language model's embedding as stored; fp32 master weights count as what they train."""
+    embedding = next(item for item in assignments if item.target.startswith("model.language_model."))
+    if embedding.source == CHECKPOINT and checkpoint.trained_in is not None:
+        return checkpoint.trained_in
+    return embedding.tensor.dtype
+
+
+def _image_processor(clip_part: Part, config: MGLlavaConfig) -> MGLlavaImageProcessor:
+    settings = {}
+    if (clip_part.folder / "preprocessor_config.json").is_file():
+        stored = clip_part.read_json("preprocessor_config.json")
+        settings = {name: stored[name] for name in ("image_mean", "image_std") if name in stored}
+    return MGLlavaImageProcessor(
+        high_res_size=config.high_res_config.image_size,
+        low_res_size=config.vision_config.image_size,
+        **settings,
+    )
+
+
+def _write_descriptions(folder: Path, plan: ConversionPlan, title: str) -> None:
+    """Everything but the weights; the configuration comes last, since nothing loads without it."""
+    language = plan.language
+    processor = MGLlavaProcessor(
+        image_processor=plan.image_processor,
+        tokenizer=language.tokenizer,
+        chat_template=language.chat_template,
+        num_image_tokens=plan.config.num_image_tokens,
+    )
+    processor.save_pretrained(folder)
+    language.generation.save_pretrained(folder)
+    card = model_card(
+        title,
+        plan.sources,
+        low_res_size=plan.config.vision_config.image_size,
+        high_res_size=plan.config.high_res_config.image_size,
+        fusion_variant=plan.config.fusion_variant,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        parameters=sum(item.numel for item in plan.mapping.assignments),
+    )
+    (folder / "README.md").write_text(card)
+    config = plan.config
+    config.architectures = [MGLlavaForConditionalGeneration.__name__]
+    for part in (config, config.text_config, config.vision_config, config.high_res_config):
+        part.dtype = plan.dtype
+        part._name_or_path = ""  # a path of the machine that converted
+    config.save_pretrained(folder)

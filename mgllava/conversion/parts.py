@@ -1,0 +1,148 @@
+"""The three published models MG-LLaVA is built on, as local folders or hub ids, and their configurations."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+
+from ..configuration_mgllava import MGLlavaHighResConfig
+from .tensors import ConversionError, LazyTensor
+from .weights import OPEN_CLIP_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, open_weights
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DESCRIPTION_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHT_FILES = {
+    TRANSFORMERS_WEIGHTS: (("model*.safetensors",), ("pytorch_model*.bin",)),
+    OPEN_CLIP_WEIGHTS: (("open_clip*.safetensors",), ("open_clip*.bin",)),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model the checkpoint builds on.
+
+    Attributes:
+        option: the option that named it (`--llm`), for messages.
+        name: hub id or folder name, never a path of this machine.
+        folder: where its files are.
+        weights: the names its weight file or index may have, the preferred one first.
+        hub_id: the hub id, if its files come from there.
+    """
+
+    option: str
+    name: str
+    folder: Path
+    weights: Sequence[str]
+    hub_id: str | None = None
+
+    def read_json(self, file: str) -> dict:
+        """Raises ConversionError if the file is missing or is no JSON object."""
+        try:
+            content = json.loads((self.folder / file).read_text())
+        except FileNotFoundError as error:
+            raise ConversionError(f"{self.option} {self.name}: the folder has no {file}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConversionError(f"{self.option} {self.name}: {file} is no valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ConversionError(f"{self.option} {self.name}: {file} is no JSON object")
+        return content
+
+    def tensors(self, required: bool = True) -> dict[str, LazyTensor]:
+        """Its tensors by their original names; fetched from the hub if they are not there yet.
+
+        Args:
+            required: whether missing weights are an error; if not, what is there is read all the same.
+        """
+        path = find_weights(self.folder, self.weights)
+        if path is None and self.hub_id and required:
+            for patterns in _WEIGHT_FILES[self.weights]:
+                _download(self.option, self.hub_id, patterns)
+                if path := find_weights(self.folder, self.weights):
+                    break
+        if path is not None:
+            return open_weights(path)
+        if required:
+            raise ConversionError(
+                f"{self.option} {self.name}: the folder has no weights; expected one of "
+                f"{', '.join(self.weights)}"
+            )
+        return {}
+
+
+def find_part(option: str, location: str | Path, weights: Sequence[str]) -> Part:
+    """A local folder as it is; a hub id with its configuration and tokenizer files fetched.
+
+    Raises:
+        ConversionError: if it is neither, or the hub cannot be reached.
+    """
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        return Part(option, folder.resolve().name, folder, weights)
+    hub_id = str(location)
+    if not _HUB_ID.fullmatch(hub_id):
+        raise ConversionError(f"{option} {location}: no such folder, and not a hub id (owner/name) either")
+    return Part(option, hub_id, _download(option, hub_id, _DESCRIPTION_FILES), weights, hub_id)
+
+
+def _download(option: str, hub_id: str, patterns: Sequence[str]) -> Path:
+    try:
+        # Subfolders hold other formats of the same weights.
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub client's errors have no common class of their own
+        raise ConversionError(
+            f"{option} {hub_id}: no such folder here, and it cannot be fetched from the hub "
+            f"({type(error).__name__}). Offline, pass a folder that holds the "
+            "files; for a gated model, log in first"
+        ) from error
+
+
+def read_text_config(part: Part) -> PreTrainedConfig:
+    """Configuration of the language model; any causal LM that transformers itself implements."""
+    part.read_json("config.json")
+    try:
+        return AutoConfig.from_pretrained(part.folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConversionError(
+            f"{part.option} {part.name}: config.json is no language model transformers knows: {error}"
+        ) from error
+
+
+def read_vision_config(part: Part) -> CLIPVisionConfig:
+    """Configuration of the CLIP ViT, from that of the vision half or of the whole model."""
+    model_type = part.read_json("config.json").get("model_type")
+    if model_type not in ("clip", "clip_vision_model"):
+        raise ConversionError(
+            f"{part.option} {part.name}: config.json describes a {model_type!r}; expected a CLIP model or "
+            "the vision half of one, for example openai/clip-vit-large-patch14-336"
+        )
+    return CLIPVisionConfig.from_pretrained(part.folder)
+
+
+def read_high_res_config(part: Part, grid_size: int) -> MGLlavaHighResConfig:
+    """Configuration of the ConvNeXt: timm's model of the name open_clip's configuration gives.
+
+    Args:
+        grid_size: side of the ViT's token grid; the canvas is sized to give the last stage the same.
+    """
+    vision = part.read_json("open_clip_config.json").get("model_cfg", {}).get("vision_cfg", {})
+    architecture = vision.get("timm_model_name")
+    if not architecture or not timm.is_model(architecture):
+        raise ConversionError(
+            f"{part.option} {part.name}: open_clip_config.json names the vision tower {architecture!r} "
+            "(model_cfg.vision_cfg.timm_model_name); expected a ConvNeXt of timm, for example convnext_large"
+        )
+    with torch.device("meta"):
+        stages = timm.create_model(architecture, pretrained=False).feature_info
+    stride = stages[-1]["reduction"]
+    return MGLlavaHighResConfig(
+        architecture=architecture,
+        stage_widths=[stage["num_chs"] for stage in stages],
+        stride=stride,
+        image_size=stride * grid_size,
+    )
