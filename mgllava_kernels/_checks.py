@@ -1,0 +1,57 @@
+"""Argument checks of the public functions: each names the argument, its value and what was expected."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, shape: Sequence[int | str]) -> Tensor:
+    """Check that `value` is a floating tensor of `shape`; a string stands for any size and names the axis."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    fits = value.ndim == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
+    return value
+
+
+def check_alike(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
+    """Check that `tensor` has the device and dtype of `model`."""
+    if tensor.device != model.device:
+        raise ValueError(f"{name} must be on the device of {model_name}, {model.device}, got {tensor.device}")
+    if tensor.dtype != model.dtype:
+        raise ValueError(f"{name} must have the dtype of {model_name}, {model.dtype}, got {tensor.dtype}")
+
+
+def check_scale(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+    return float(value)
+
+
+def check_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return value
+
+
+def check_size(name: str, value: object) -> tuple[int, int]:
+    """An int or a pair of ints, each at least 1, as (height, width)."""
+    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value}")
+    height, width = (check_int(name, size) for size in pair)
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return height, width
