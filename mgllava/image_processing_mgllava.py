@@ -1,14 +1,12 @@
 """One picture becomes the two pixel tensors of MG-LLaVA, its detections boxes (paper, section 3)."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,7 +39,7 @@ DETECTION_KEYS = {"boxes", "labels", "scores"}
 class MGLlavaBatchFeature(BatchFeature):
     """A `BatchFeature` whose boxes keep float32: half precision moves a coordinate of 768 by whole pixels."""
 
-    def to(self, *args: Any, **kwargs: Any) -> MGLlavaBatchFeature:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         boxes = self.get("boxes")
         super().to(*args, **kwargs)
         if isinstance(boxes, torch.Tensor):
@@ -61,11 +59,10 @@ class MGLlavaImagesKwargs(ImagesKwargs, total=False):
 class MGLlavaImageProcessor(BaseImageProcessor):
     """Turns pictures and their detections into the model's vision inputs.
 
-    A picture is used upright: an EXIF orientation is applied, whether the picture comes as a path, a URL or
-        a PIL image, and detections are pixels of that upright picture. Transparency is composed on white;
-        16-bit pictures are scaled, not clipped. Then: pad to a square with the mean colour, resize to
-        `high_res_size` (bicubic), normalise. The low-resolution view is a bilinear resize of that
-        normalised tensor.
+    A picture is used upright: an EXIF orientation is applied, whether the picture comes as a path, a URL or a
+    PIL image, and detections are pixels of that upright picture. Transparency is composed on white; 16-bit
+    pictures are scaled, not clipped. Then: pad to a square with the mean colour, resize to `high_res_size`
+    (bicubic), normalise. The low-resolution view is a bilinear resize of that normalised tensor.
 
     Args:
         high_res_size: side of the high-resolution canvas in pixels, S_h.
