@@ -3,27 +3,37 @@
 Importing the package registers its classes with transformers' Auto classes.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-)
+import warnings
 
 from ._version import __version__
-from .configuration_mgllava import MGLlavaConfig, MGLlavaHighResConfig
-from .modeling_mgllava import MGLlavaForConditionalGeneration, MGLlavaModel
-
-AutoConfig.register(MGLlavaHighResConfig.model_type, MGLlavaHighResConfig)
-AutoConfig.register(MGLlavaConfig.model_type, MGLlavaConfig)
-AutoModel.register(MGLlavaConfig, MGLlavaModel)
-AutoModelForImageTextToText.register(MGLlavaConfig, MGLlavaForConditionalGeneration)
-AutoModelForMultimodalLM.register(MGLlavaConfig, MGLlavaForConditionalGeneration)
 
 __all__ = [
     "MGLlavaConfig",
     "MGLlavaForConditionalGeneration",
     "MGLlavaHighResConfig",
+    "MGLlavaImageProcessor",
     "MGLlavaModel",
+    "MGLlavaProcessor",
     "__version__",
 ]
+
+try:
+    from .auto import (
+        MGLlavaConfig,
+        MGLlavaForConditionalGeneration,
+        MGLlavaHighResConfig,
+        MGLlavaImageProcessor,
+        MGLlavaModel,
+        MGLlavaProcessor,
+    )
+except (ImportError, RuntimeError) as error:
+    # A torchvision built for another torch breaks transformers with a RuntimeError. `mgllava doctor` has to run
+    # all the same, to say so; whoever asks for a class gets the reason.
+    _REASON = f"mgllava's classes cannot be imported here ({error}); `mgllava doctor` says what does not fit"
+    _CAUSE = error
+    warnings.warn(_REASON, stacklevel=2)
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(_REASON) from _CAUSE
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ def friendly_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             console.print("[bold red]error:[/]", end=" ")
             console.print(str(error), markup=False, highlight=False)
             raise typer.Exit(1) from error
@@ -74,7 +74,7 @@ def chat(
         raise ValueError(f"{len(images)} pictures came with {len(boxes)} boxes files; expected one for each")
     # Everything that can be wrong with the input shows before the weights load.
     pictures = [load_picture(name) for name in images]
-    detections = [load_detections(path, image=name) for path, name in zip(boxes or [], images, strict=True)]
+    detections = [load_detections(path, image=name) for path, name in zip(boxes or [], images, strict=False)]
     if images and not boxes:
         console.print("no --boxes: the picture is read without objects", style="dim")
     loaded, processor = load_model(model, dtype, device)
@@ -101,6 +101,45 @@ def chat(
                 session.ask(question, streamer)
             except KeyboardInterrupt:
                 print()
+
+
+@app.command()
+@friendly_errors
+def convert(
+    checkpoint: Annotated[
+        str, typer.Option(help="xtuner .pth file, DeepSpeed folder of it, or safetensors file or folder.")
+    ],
+    llm: Annotated[str, typer.Option(help="Language model: folder or hub id.")],
+    clip: Annotated[str, typer.Option(help="CLIP ViT, vision half or whole: folder or hub id.")],
+    convnext: Annotated[str, typer.Option(help="open_clip ConvNeXt: folder or hub id.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; must not exist yet. Not needed with --dry-run.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Chat template: vicuna, llama-3, phi-3 or chatml; the layout the checkpoint was trained with. "
+            "Default: the language model's own, vicuna where it has none."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as the language model is stored.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print where every tensor goes; write nothing.")] = False,
+) -> None:
+    """Convert a published checkpoint to one folder that from_pretrained loads."""
+    from .conversion import convert_checkpoint
+
+    result = convert_checkpoint(
+        checkpoint, llm, clip, convnext, output, template=template, dtype=dtype, dry_run=dry_run
+    )
+    if dry_run:
+        for line in result.plan.lines():
+            print(line)
+    for note in result.notes:
+        console.print("note:", note, markup=False, highlight=False)
+    if result.output is not None:
+        console.print("wrote", str(result.output), markup=False, highlight=False)
 
 
 @app.command()

@@ -8,10 +8,11 @@ from importlib import metadata
 
 import torch
 
-import mgllava_kernels
+from mgllava_kernels.backend import active_backend, registered_ops
+
+from ._version import __version__
 
 PACKAGES = (
-    "mgllava",
     "torch",
     "triton",
     "torchvision",
@@ -37,6 +38,7 @@ def examine() -> Report:
     report = Report()
     versions = {name: _version(name) for name in PACKAGES}
     report.sections["Versions"] = [
+        ("mgllava", __version__),
         ("python", platform.python_version()),
         *((name, version or "not installed") for name, version in versions.items()),
     ]
@@ -74,9 +76,9 @@ def _kernels(device: torch.device, report: Report) -> list[tuple[str, str]]:
     rows = [("MGLLAVA_KERNELS", os.environ.get("MGLLAVA_KERNELS", "not set (auto)"))]
     for dtype in (torch.float32, torch.bfloat16):
         probe = torch.empty(1, device=device, dtype=dtype)
-        for op in mgllava_kernels.OPS:
+        for op in registered_ops():
             try:
-                chosen = mgllava_kernels.active_backend(probe, op=op)
+                chosen = active_backend(probe, op=op)
             except (ValueError, RuntimeError) as error:
                 report.problems.append(f"{op} cannot run: {error}")
                 continue
@@ -94,6 +96,8 @@ def _mismatches(versions: dict[str, str | None]) -> list[str]:
         if versions[package] is None:
             problems.append(f"{package} is not installed; it is needed for {purpose}: pip install {package}")
             continue
+        if package == "timm" and problems:
+            continue  # it imports torchvision, which is the one at fault
         try:
             importlib.import_module(package)
         except Exception as error:  # any failure of theirs is what is to be reported

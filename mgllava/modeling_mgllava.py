@@ -251,8 +251,6 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         return merged, tokens
 
     def _check_no_placeholders(self, input_ids: Tensor) -> None:
-        if _is_captured(input_ids):
-            return
         placeholders = (input_ids == self.config.image_token_id) | (input_ids == self.config.object_token_id)
         if count := placeholders.sum().item():
             raise ValueError(
@@ -315,8 +313,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         tokens = None
         if features is not None:
             inputs_embeds, tokens = self.merge_image_features(input_ids, inputs_embeds, features)
-        elif input_ids is not None and input_ids.shape[1] > 1:
-            self._check_no_placeholders(input_ids)
+        elif input_ids is not None and input_ids.shape[1] > 1 and not _is_captured(input_ids):
+            # Later passes may see placeholders as text: prompt-lookup decoding proposes pieces of the prompt.
+            if past_key_values is None or past_key_values.get_seq_length() == 0:
+                self._check_no_placeholders(input_ids)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

@@ -181,7 +181,10 @@ class _StoredTensor(_Stateless):
         if start + member.file_size > size:
             raise ConversionError(f"{path.name} is truncated: {member.filename} ends after the file does")
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        values = mapped[start : start + member.file_size].view(self.storage.dtype)
+        content = mapped[start : start + member.file_size]
+        if start % self.storage.dtype.itemsize:  # torch.save aligns storages, zip tools that repack do not
+            content = content.clone()
+        values = content.view(self.storage.dtype)
         return values.as_strided(self.shape, self.strides, values.storage_offset() + self.offset)
 
 

@@ -1,0 +1,229 @@
+"""The command line as a newcomer meets it: answers on standard output, one clear line for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mgllava.cli import app
+
+QUESTION = "what is in the image ?"
+
+
+@pytest.fixture
+def run():
+    runner = CliRunner()
+
+    def invoke(*arguments, **kwargs):
+        # Rich folds long lines at the width of the terminal; a wide one keeps messages whole.
+        return runner.invoke(app, [str(a) for a in arguments], env={"COLUMNS": "500"}, **kwargs)
+
+    return invoke
+
+
+@pytest.fixture
+def picture(golden_dir):
+    return golden_dir / "end_to_end" / "image.png"
+
+
+@pytest.fixture
+def boxes(golden_dir):
+    return golden_dir / "end_to_end" / "detections.json"
+
+
+def test_demo_answers_offline_and_says_that_it_is_untrained(run):
+    result = run("demo")
+    assert result.exit_code == 0, result.output
+    assert "untrained" in result.stderr
+    assert result.stdout.strip()
+
+
+def test_chat_answers_a_prompt(run, converted_golden, picture, boxes):
+    arguments = ["chat", "--model", converted_golden, "--image", picture, "--prompt", QUESTION]
+    arguments += ["--max-new-tokens", 6, "--device", "cpu"]
+    with_boxes = run(*arguments, "--boxes", boxes)
+    assert with_boxes.exit_code == 0, with_boxes.output
+    assert with_boxes.stdout.strip()
+    assert "without objects" not in with_boxes.stderr
+    without = run(*arguments)
+    assert without.exit_code == 0
+    assert "without objects" in without.stderr
+
+
+def test_chat_answers_without_a_picture(run, converted_golden):
+    result = run("chat", "--model", converted_golden, "--prompt", "what is red ?", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip()
+
+
+def test_a_conversation_streams_resets_and_ends(run, converted_golden, picture):
+    turns = [QUESTION, "how many are there ?", "RESET", QUESTION, "EXIT", "never read"]
+    result = run(
+        "chat", "--model", converted_golden, "--image", picture, "--max-new-tokens", 5, input="\n".join(turns)
+    )
+    assert result.exit_code == 0, result.output
+    answers = [part.strip() for part in result.stdout.split(">")[1:]]
+    assert len(answers) == 5  # three answers, and the prompts that RESET and EXIT answered
+    assert answers[0] == answers[3] != ""
+    assert answers[2] == answers[4] == ""
+
+
+def test_sampling(run, converted_golden):
+    result = run(
+        "chat", "--model", converted_golden, "--prompt", "what is red ?", "--temperature", 3, "--max-new-tokens", 4
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_python_dash_m_is_the_same_program():
+    result = subprocess.run(
+        [sys.executable, "-m", "mgllava", "--help"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert all(command in result.stdout for command in ("demo", "chat", "convert", "doctor"))
+
+
+def test_doctor_reports_versions_and_the_path_of_every_op(run):
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("torch", "transformers", "pooled_roi_align", "conv_gate_fusion", "MGLLAVA_KERNELS"):
+        assert word in result.stdout
+
+
+@pytest.fixture
+def broken_torchvision(tmp_path):
+    """An environment whose torchvision was built for another torch."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+
+def test_doctor_explains_a_torchvision_that_does_not_fit(broken_torchvision):
+    result = subprocess.run(
+        [sys.executable, "-m", "mgllava", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=broken_torchvision | {"COLUMNS": "500"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "nms does not exist" in result.stdout
+    assert "same index" in result.stdout
+
+
+def test_classes_that_cannot_be_imported_say_why(broken_torchvision):
+    result = subprocess.run(
+        [sys.executable, "-c", "from mgllava import MGLlavaConfig"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=broken_torchvision,
+    )
+    assert result.returncode == 1
+    assert "mgllava doctor" in result.stderr.splitlines()[-1]
+
+
+def test_doctor_names_an_unknown_backend(run, monkeypatch):
+    monkeypatch.setenv("MGLLAVA_KERNELS", "cudnn")
+    result = run("doctor")
+    assert "cudnn" in result.stdout
+    assert "reference" in result.stdout
+
+
+@pytest.fixture
+def damage(tmp_path, picture):
+    """Files that are not what they should be, by name."""
+
+    def make(kind):
+        path = tmp_path / f"{kind}.png"
+        if kind == "text":
+            path.write_text("not a picture")
+        elif kind == "truncated":
+            path.write_bytes(picture.read_bytes()[:2000])
+        elif kind == "bomb":
+            Image.new("1", (20000, 20000)).save(path)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("missing", "missing.png"), ("text", "text.png"), ("truncated", "truncated"), ("bomb", "400000000 pixels")],
+)
+def test_bad_pictures_end_chat_before_the_model_loads(run, converted_golden, damage, kind, message, monkeypatch):
+    monkeypatch.setattr("mgllava.chat.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    result = run("chat", "--model", converted_golden, "--image", damage(kind), "--prompt", "hi")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error:")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "JSON"),
+        ('{"scores": []}', "boxes"),
+        ('{"boxes": [[1, 2, 3]], "labels": ["a"], "scores": [0.5]}', "boxes"),
+        ('{"boxes": [[50, 2, 10, 30]], "labels": ["a"], "scores": [0.5]}', "50"),
+        ('{"boxes": [[1, 2, 30, 40]], "labels": [], "scores": [0.5]}', "labels"),
+    ],
+)
+def test_bad_boxes_end_chat_before_the_model_loads(
+    run, converted_golden, picture, tmp_path, content, message, monkeypatch
+):
+    monkeypatch.setattr("mgllava.chat.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    path = tmp_path / "boxes.json"
+    path.write_text(content)
+    result = run(
+        "chat", "--model", converted_golden, "--image", picture, "--boxes", path, "--prompt", "hi"
+    )
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_boxes_without_a_picture_are_refused(run, converted_golden, boxes):
+    result = run("chat", "--model", converted_golden, "--boxes", boxes, "--prompt", "hi")
+    assert result.exit_code == 1
+    assert "0 pictures came with 1 boxes files" in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--dtype", "float8"), ("--device", "cuda:99"), ("--device", "abacus")])
+def test_unknown_dtypes_and_devices_are_named(run, converted_golden, option):
+    result = run("chat", "--model", converted_golden, "--prompt", "hi", *option)
+    assert result.exit_code == 1
+    assert option[1] in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_folders_that_hold_no_model_are_refused(run, tmp_path, converted_golden):
+    cases = {
+        "absent": "no model folder",
+        "empty": "config.json",
+        "other": "'bert'",
+        "half": "incomplete; missing model.safetensors",
+    }
+    for name in ("empty", "other", "half"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    config = json.loads((converted_golden / "config.json").read_text())
+    (tmp_path / "half" / "config.json").write_text(json.dumps(config))
+    for name, message in cases.items():
+        result = run("chat", "--model", tmp_path / name, "--prompt", "hi")
+        assert result.exit_code == 1, name
+        assert message in result.stderr
+        assert "Traceback" not in result.output
+
+
+def test_an_answer_longer_than_the_context_is_refused(run, converted_golden):
+    result = run("chat", "--model", converted_golden, "--prompt", "hi", "--max-new-tokens", 5000)
+    assert result.exit_code == 1
+    assert "context holds 2048" in result.stderr
