@@ -2,8 +2,10 @@
 
 import base64
 import binascii
+import http.client
 import io
 import struct
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -261,13 +263,12 @@ def load_picture(source: Any, name: str = "image", input_data_format: str | None
 def _open_source(source: str | Path) -> Path | io.BytesIO:
     text = str(source)
     if text.startswith(("http://", "https://")):
-        import httpx  # transformers fetches through it too; only needed for URLs
-
+        request = urllib.request.Request(text, headers={"User-Agent": "mgllava"})
         try:
-            answer = httpx.get(text, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True).raise_for_status()
-        except httpx.HTTPError as error:
+            with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as answer:
+                return io.BytesIO(answer.read())
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"the download failed: {error}") from error
-        return io.BytesIO(answer.content)
     if isinstance(source, Path) or (len(text) < 4096 and Path(text).exists()):
         return Path(text)
     try:
