@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,20 @@ from torch import Tensor
 CHOICES = ("auto", "triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "MGLLAVA_KERNELS"
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 _chosen: ContextVar[str | None] = ContextVar("mgllava_kernels_backend", default=None)
 _modules: dict[str, dict[str, str]] = {}
+
+
+def _constant_when_traced(function: Function) -> Function:
+    """Have torch.compile call `function` while tracing and keep the result.
+
+    The mark is all that `torch.compiler.assume_constant_result` sets, but that function imports
+    torch._dynamo, and with it triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,11 @@ def register(op: str, **modules: str) -> None:
     _modules.setdefault(op, {}).update(modules)
 
 
+def registered_ops() -> list[str]:
+    """The names `active_backend` takes as `op`."""
+    return sorted(_modules)
+
+
 def resolve(op: str | None, tensor: Tensor) -> Backend:
     """Apply the user's choice to one call of `op` on `tensor`."""
     choice, source = _requested()
@@ -112,7 +129,7 @@ def call(op: str, backend: str, function: str, device: torch.device, *args: Any)
     return implementation(*args)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _requested() -> tuple[str, str]:
     """The requested backend and who asked for it."""
     chosen = _chosen.get()
@@ -148,12 +165,12 @@ def _triton_obstacle(op: str | None, tensor: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

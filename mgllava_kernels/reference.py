@@ -27,6 +27,11 @@ def roi_align(
     """torchvision's compiled RoIAlign in the dtype of `boxes`, (K, 5), cast back to that of `input`."""
     import torchvision  # noqa: F401  registers the op
 
+    if aligned and sampling_ratio <= 0:
+        # An inverted box has no adaptive samples. torchvision's CPU op sizes a buffer by their negative
+        # number and throws; with no length it gives the same zeros.
+        ends = torch.maximum(boxes[:, 3:], boxes[:, 1:3])
+        boxes = torch.cat([boxes[:, :3], ends], dim=1)
     output = torch.ops.torchvision.roi_align(
         input.to(boxes.dtype), boxes, spatial_scale, output_height, output_width, sampling_ratio, aligned
     )
