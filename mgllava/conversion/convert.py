@@ -121,10 +121,11 @@ def convert_checkpoint(
         return ConversionResult(plan, None)
     check_disk_space(output, plan.mapping.assignments, plan.dtype)
     with complete_or_absent(output) as folder:
+        _write_descriptions(folder, plan, title=output.name)
         write_weights(
             folder, plan.mapping.assignments, plan.dtype, progress=progress, max_shard_bytes=max_shard_bytes
         )
-        _write_descriptions(folder, plan, title=output.name)
+        _write_config(folder, plan)
     return ConversionResult(plan, output)
 
 
@@ -222,7 +223,7 @@ def _image_processor(clip_part: Part, config: MGLlavaConfig) -> MGLlavaImageProc
 
 
 def _write_descriptions(folder: Path, plan: ConversionPlan, title: str) -> None:
-    """Everything but the weights; the configuration comes last, since nothing loads without it."""
+    """Everything but the weights and the configuration."""
     language = plan.language
     processor = MGLlavaProcessor(
         image_processor=plan.image_processor,
@@ -242,6 +243,10 @@ def _write_descriptions(folder: Path, plan: ConversionPlan, title: str) -> None:
         parameters=sum(item.numel for item in plan.mapping.assignments),
     )
     (folder / "README.md").write_text(card)
+
+
+def _write_config(folder: Path, plan: ConversionPlan) -> None:
+    """Comes last, since nothing loads without it."""
     config = plan.config
     config.architectures = [MGLlavaForConditionalGeneration.__name__]
     for part in (config, config.text_config, config.vision_config, config.high_res_config):

@@ -59,7 +59,7 @@ def read_language(part: Part, vocab_size: int, template: str | None) -> Language
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.chat_template = None  # the processor's is the one that counts
-    generation = _generation_settings(part, tokenizer, stop_ids)
+    generation = _generation_settings(part, tokenizer, stop_ids, notes)
     return Language(tokenizer, image_token_id, object_token_id, rows, source, generation, notes)
 
 
@@ -160,7 +160,7 @@ def _choose_template(
 
 
 def _generation_settings(
-    part: Part, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]
+    part: Part, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], notes: list[str]
 ) -> GenerationConfig:
     file = part.folder / "generation_config.json"
     settings = part.read_json(file.name) if file.is_file() else {}
@@ -172,8 +172,13 @@ def _generation_settings(
     configured = settings.get("eos_token_id")
     end_ids = configured if isinstance(configured, list) else [configured]
     end_ids = [number for number in (*end_ids, tokenizer.eos_token_id, *stop_ids) if number is not None]
-    settings["eos_token_id"] = list(dict.fromkeys(end_ids))
-    settings["pad_token_id"] = tokenizer.pad_token_id
+    ids = {"eos_token_id": list(dict.fromkeys(end_ids)), "pad_token_id": tokenizer.pad_token_id}
     if tokenizer.bos_token_id is not None:
-        settings["bos_token_id"] = tokenizer.bos_token_id
-    return GenerationConfig(**settings)
+        ids["bos_token_id"] = tokenizer.bos_token_id
+    try:
+        generation = GenerationConfig(**{**settings, **ids})
+        generation.validate(strict=True)  # as saving will
+    except ValueError as error:
+        notes.append(f"{part.name}'s generation settings contradict themselves and are left out: {error}")
+        generation = GenerationConfig(**ids)
+    return generation

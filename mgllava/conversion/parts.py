@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 from ..configuration_mgllava import MGLlavaHighResConfig
 from .tensors import ConversionError, LazyTensor
@@ -17,8 +17,8 @@ from .weights import OPEN_CLIP_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, open
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DESCRIPTION_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-_WEIGHT_FILES = {
-    TRANSFORMERS_WEIGHTS: (("model*.safetensors",), ("pytorch_model*.bin",)),
+_WEIGHT_FILES = {  # a format is fetched only if the one before is not there
+    TRANSFORMERS_WEIGHTS: (("model*.safetensors*",), ("pytorch_model*.bin*",)),
     OPEN_CLIP_WEIGHTS: (("open_clip*.safetensors",), ("open_clip*.bin",)),
 }
 
@@ -57,14 +57,17 @@ class Part:
         """Its tensors by their original names; fetched from the hub if they are not there yet.
 
         Args:
-            required: whether missing weights are an error; if not, what is there is read all the same.
+            required: whether missing weights are an error; if not, what lies in a local folder is read all
+                the same, and nothing is fetched.
         """
-        path = find_weights(self.folder, self.weights)
-        if path is None and self.hub_id and required:
+        if self.hub_id and not required:
+            return {}
+        if self.hub_id:
             for patterns in _WEIGHT_FILES[self.weights]:
                 _download(self.option, self.hub_id, patterns)
-                if path := find_weights(self.folder, self.weights):
+                if find_weights(self.folder, self.weights):
                     break
+        path = find_weights(self.folder, self.weights)
         if path is not None:
             return open_weights(path)
         if required:
@@ -106,11 +109,17 @@ def read_text_config(part: Part) -> PreTrainedConfig:
     """Configuration of the language model; any causal LM that transformers itself implements."""
     part.read_json("config.json")
     try:
-        return AutoConfig.from_pretrained(part.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(part.folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise ConversionError(
-            f"{part.option} {part.name}: config.json is no language model transformers knows: {error}"
+            f"{part.option} {part.name}: config.json describes no model transformers knows: {error}"
         ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "vocab_size"):
+        raise ConversionError(
+            f"{part.option} {part.name}: config.json describes a {config.model_type!r}; expected a "
+            "causal language model"
+        )
+    return config
 
 
 def read_vision_config(part: Part) -> CLIPVisionConfig:

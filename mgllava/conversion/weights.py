@@ -65,7 +65,7 @@ def unwrap_state_dict(content: object, file: str) -> dict[str, LazyTensor]:
     Descends through the keys under which training frameworks nest it (`state_dict`, `module`, `model`) and
     strips the `module.` that data-parallel wrappers put before every name.
     """
-    while isinstance(content, dict) and not any(isinstance(value, LazyTensor) for value in content.values()):
+    while isinstance(content, dict):
         nested = [
             content[key] for key in ("state_dict", "module", "model") if isinstance(content.get(key), dict)
         ]

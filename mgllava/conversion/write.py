@@ -1,7 +1,7 @@
 """Writes the output folder: all of it or nothing, one shard of weights in memory at a time."""
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ def complete_or_absent(output: Path) -> Iterator[Path]:
     hidden name of its own.
     """
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.absolute().parent / f".{output.name}.incomplete-{os.getpid()}"
+    scratch = output.absolute().parent / f".{output.name}.incomplete-{secrets.token_hex(4)}"
     scratch.mkdir()
     try:
         yield scratch

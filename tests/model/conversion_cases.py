@@ -174,7 +174,8 @@ def save_zero(
                 "param_shapes": shapes,
                 "frozen_param_shapes": {name: tensors[name].shape for name in frozen},
                 "frozen_param_fragments": {
-                    name: _fragment(tensors[name], rank, ranks) if stage == 3 else tensors[name] for name in frozen
+                    name: _fragment(tensors[name], rank, ranks) if stage == 3 else tensors[name]
+                    for name in frozen
                 },
                 "shared_params": shared,
                 "ds_version": "0.14.0",

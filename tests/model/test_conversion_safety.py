@@ -151,7 +151,9 @@ def test_golden_checkpoint_needs_the_inert_reader():
     assert all(torch.equal(tensors[key].read(), value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+)
 def test_dtypes_and_strides(tmp_path, marker, dtype):
     base = torch.arange(24).reshape(4, 6).to(dtype)
     tensors = {
@@ -178,7 +180,9 @@ def tensor_program(offset, shape, strides, key="0"):
     def numbers(values):
         return b"(" + b"".join(map(number, values)) + b"t"
 
-    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text(key) + text("cpu") + number(4) + b"tQ"
+    storage = (
+        b"(" + text("storage") + name("torch", "FloatStorage") + text(key) + text("cpu") + number(4) + b"tQ"
+    )
     tensor = name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + number(offset)
     tensor += numbers(shape) + numbers(strides) + b"\x89" + name("collections", "OrderedDict") + b")RtR"
     foreign = name("foreign", "thing")
@@ -226,7 +230,7 @@ def test_persistent_ids_of_another_kind(tmp_path, marker):
 
 
 def test_allowed_functions_cannot_be_altered(tmp_path):
-    """BUILD sets attributes on whatever lies on the stack; neither ours nor PyTorch's functions may change."""
+    """BUILD sets attributes on whatever lies on the stack; no function may change."""
     before = dict(vars(torch._utils._rebuild_tensor_v2))
     state = b"}" + text("__defaults__") + b")s"  # dict state: lands in __dict__
     slots = b"(N" + state + b"t"  # (None, dict): lands in setattr
@@ -272,11 +276,11 @@ def test_foreign_containers_are_emptied(tmp_path):
 
 def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "text.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ConversionError, match="not a torch.save file"):
+    with pytest.raises(ConversionError, match=r"not a torch\.save file"):
         read_pickle(tmp_path / "text.pth")
     with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
         archive.writestr("word/document.xml", "<xml/>")
-    with pytest.raises(ConversionError, match="not one that torch.save wrote"):
+    with pytest.raises(ConversionError, match=r"not one that torch\.save wrote"):
         read_pickle(tmp_path / "other.pth")
     (tmp_path / "empty.pth").touch()
     with pytest.raises(ConversionError):
