@@ -20,6 +20,7 @@ from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align
 
 from .configuration_mgllava import MGLlavaConfig
 from .high_res_tower import MGLlavaHighResTower
+from .quantization import spare_vision
 
 IGNORE_INDEX = -100
 PICTURE_INPUTS = ("pixel_values", "pixel_values_high_res", "boxes", "num_boxes")
@@ -82,6 +83,13 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any):
+        """As `transformers.PreTrainedModel.from_pretrained`; quantisation spares the vision flow by default."""
+        if quantization_config is not None:
+            kwargs["quantization_config"] = spare_vision(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
 
 
 class MGLlavaModel(MGLlavaPreTrainedModel):
