@@ -19,7 +19,10 @@ AutoConfig.register(MGLlavaConfig.model_type, MGLlavaConfig)
 AutoModel.register(MGLlavaConfig, MGLlavaModel)
 AutoModelForImageTextToText.register(MGLlavaConfig, MGLlavaForConditionalGeneration)
 AutoModelForMultimodalLM.register(MGLlavaConfig, MGLlavaForConditionalGeneration)
-AutoImageProcessor.register(MGLlavaConfig, image_processor_classes={"pil": MGLlavaImageProcessor, "torchvision": MGLlavaImageProcessor})
+AutoImageProcessor.register(
+    MGLlavaConfig,
+    image_processor_classes={"pil": MGLlavaImageProcessor, "torchvision": MGLlavaImageProcessor},
+)
 AutoProcessor.register(MGLlavaConfig, MGLlavaProcessor)
 
 __all__ = [

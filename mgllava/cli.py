@@ -51,7 +51,9 @@ def chat(
     ] = None,
     boxes: Annotated[
         list[Path] | None,
-        typer.Option(help='JSON with the picture\'s {"boxes", "labels", "scores"}; one per picture, in order.'),
+        typer.Option(
+            help='JSON with the picture\'s {"boxes", "labels", "scores"}; one per picture, in order.'
+        ),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask once, print the answer and end. Without it: a conversation.")
@@ -123,9 +125,12 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: as the language model is stored.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: as the language model is stored."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print where every tensor goes; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print where every tensor goes; write nothing.")
+    ] = False,
 ) -> None:
     """Convert a published checkpoint to one folder that from_pretrained loads."""
     from .conversion import convert_checkpoint

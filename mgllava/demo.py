@@ -41,7 +41,9 @@ def run_demo(console: Console) -> str:
             "This miniature has every part of MG-LLaVA but is [bold]untrained[/]: it shows that the whole way works, "
             "and its words mean nothing."
         )
-        console.print(f"picture:  {FILES / 'image.png'} with {len(detections['boxes'])} detections", markup=False)
+        console.print(
+            f"picture:  {FILES / 'image.png'} with {len(detections['boxes'])} detections", markup=False
+        )
         console.print(f"question: {QUESTION}", markup=False)
         console.print("answer:", end=" ")
         session = ChatSession(

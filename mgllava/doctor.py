@@ -112,5 +112,7 @@ def _mismatches(versions: dict[str, str | None]) -> list[str]:
             "without an NVIDIA GPU; with one, look at nvidia-smi and the driver's version"
         )
     if torch.cuda.is_available() and versions["triton"] is None:
-        problems.append("a GPU is here but triton is not installed: the fused kernels stay off. pip install triton")
+        problems.append(
+            "a GPU is here but triton is not installed: the fused kernels stay off. pip install triton"
+        )
     return problems

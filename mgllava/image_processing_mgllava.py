@@ -178,9 +178,9 @@ class MGLlavaImageProcessor(BaseImageProcessor):
             picture = square
         if side != self.high_res_size:
             picture = picture.resize((self.high_res_size, self.high_res_size), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
-        return ((pixels - mean) / std).contiguous()
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def _boxes_of(

@@ -258,7 +258,12 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         )
         return merged, tokens
 
-    def _check_no_placeholders(self, input_ids: Tensor) -> None:
+    def _check_no_placeholders(self, input_ids: Tensor, past_key_values: Cache | None) -> None:
+        # Later passes may see placeholders as text: prompt-lookup decoding proposes pieces of the prompt.
+        if input_ids.shape[1] == 1 or _is_captured(input_ids):
+            return
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return
         placeholders = (input_ids == self.config.image_token_id) | (input_ids == self.config.object_token_id)
         if count := placeholders.sum().item():
             raise ValueError(
@@ -314,17 +319,17 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 raise ValueError("expected pixel_values or mm_encoder_outputs, got both")
             features = self.get_image_features(pixel_values, pixel_values_high_res, boxes, num_boxes)
         if features is not None and input_ids is None:
-            raise ValueError("pictures came with inputs_embeds; expected input_ids, where the placeholders are")
+            raise ValueError(
+                "pictures came with inputs_embeds; expected input_ids, where the placeholders are"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         tokens = None
         if features is not None:
             inputs_embeds, tokens = self.merge_image_features(input_ids, inputs_embeds, features)
-        elif input_ids is not None and input_ids.shape[1] > 1 and not _is_captured(input_ids):
-            # Later passes may see placeholders as text: prompt-lookup decoding proposes pieces of the prompt.
-            if past_key_values is None or past_key_values.get_seq_length() == 0:
-                self._check_no_placeholders(input_ids)
+        elif input_ids is not None:
+            self._check_no_placeholders(input_ids, past_key_values)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_templates import PIECE_SEPARATOR
+from .chat_templates import PIECE_SEPARATOR, TEMPLATES, load_chat_template
 from .image_processing_mgllava import (
     DETECTION_KEYS,
     MGLlavaBatchFeature,
@@ -186,7 +186,8 @@ class MGLlavaProcessor(ProcessorMixin):
 
         Args:
             conversation: messages with `role` and `content`, or a list of conversations.
-            chat_template: instead of the processor's own, or the name of one of its own.
+            chat_template: instead of the processor's own: Jinja source, or the name of one of its own or of
+                `mgllava.chat_templates.TEMPLATES`.
             tools, documents: handed to the template.
             add_generation_prompt: end with the header of an answer.
             continue_final_message: leave the last answer open for the model to go on.
@@ -236,7 +237,12 @@ class MGLlavaProcessor(ProcessorMixin):
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, "image_token": self.image_token, **kwargs},
+            **{
+                **self.tokenizer.special_tokens_map,
+                "image_token": self.image_token,
+                "piece_separator": PIECE_SEPARATOR,
+                **kwargs,
+            },
         )
         if not tokenize:
             return rendered if is_batched else rendered[0]
@@ -288,6 +294,8 @@ class MGLlavaProcessor(ProcessorMixin):
                 return own[name]
             if chat_template is None:
                 raise ValueError(f"no chat template is named default; choose one of {', '.join(own)}")
+        if chat_template in TEMPLATES:
+            return load_chat_template(chat_template).source
         source = own if chat_template is None else chat_template
         if source is None:
             raise ValueError("this processor has no chat template; mgllava.chat_templates holds some")
@@ -342,8 +350,8 @@ class MGLlavaProcessor(ProcessorMixin):
                 ids, mask = bos + ids, [0] * len(bos) + mask
             if truncation not in (None, False, "do_not_truncate"):
                 limit = self.tokenizer.model_max_length if max_length is None else max_length
-                self._check_cut(ids, limit, index)
-                ids, mask = ids[:limit], mask[:limit]
+                kept = self._kept_by_truncation(ids, limit, index)
+                ids, mask = ids[kept], mask[kept]
             rows.append(ids)
             masks.append(mask)
 
@@ -416,13 +424,17 @@ class MGLlavaProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
 
-    def _check_cut(self, ids: list[int], limit: int, index: int) -> None:
-        cut = {self.image_token_id, self.object_token_id}.intersection(ids[limit:])
-        if cut:
+    def _kept_by_truncation(self, ids: list[int], limit: int, index: int) -> slice:
+        excess = max(len(ids) - limit, 0)
+        kept = slice(0, len(ids) - excess)
+        if self.tokenizer.truncation_side == "left":
+            kept = slice(excess, len(ids))
+        if any(ids.count(token) != ids[kept].count(token) for token in self.image_token_ids):
             raise ValueError(
                 f"truncating text[{index}] from {len(ids)} to {limit} tokens would cut a picture's tokens; "
                 "raise max_length or shorten the text"
             )
+        return kept
 
 
 def _as_texts(text: Any) -> list[str] | None:

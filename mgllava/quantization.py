@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-# The vision flow is 0.7 of the 7.4 billion parameters of MG-LLaVA-Vicuna-7B, and bitsandbytes' linear layers do
+# The vision flow is 0.6 of the 7.3 billion parameters of MG-LLaVA-Vicuna-7B, and bitsandbytes' linear layers do
 # not take timm's four-dimensional inputs on every device. The original's --bits spared it as well.
 UNQUANTISED = (
     "model.vision_tower",

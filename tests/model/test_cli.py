@@ -74,7 +74,15 @@ def test_a_conversation_streams_resets_and_ends(run, converted_golden, picture):
 
 def test_sampling(run, converted_golden):
     result = run(
-        "chat", "--model", converted_golden, "--prompt", "what is red ?", "--temperature", 3, "--max-new-tokens", 4
+        "chat",
+        "--model",
+        converted_golden,
+        "--prompt",
+        "what is red ?",
+        "--temperature",
+        3,
+        "--max-new-tokens",
+        4,
     )
     assert result.exit_code == 0, result.output
 
@@ -98,9 +106,7 @@ def broken_torchvision(tmp_path):
     """An environment whose torchvision was built for another torch."""
     package = tmp_path / "torchvision"
     package.mkdir()
-    (package / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')\n"
-    )
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
 
 
@@ -155,9 +161,16 @@ def damage(tmp_path, picture):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("missing", "missing.png"), ("text", "text.png"), ("truncated", "truncated"), ("bomb", "400000000 pixels")],
+    [
+        ("missing", "missing.png"),
+        ("text", "text.png"),
+        ("truncated", "truncated"),
+        ("bomb", "400000000 pixels"),
+    ],
 )
-def test_bad_pictures_end_chat_before_the_model_loads(run, converted_golden, damage, kind, message, monkeypatch):
+def test_bad_pictures_end_chat_before_the_model_loads(
+    run, converted_golden, damage, kind, message, monkeypatch
+):
     monkeypatch.setattr("mgllava.chat.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     result = run("chat", "--model", converted_golden, "--image", damage(kind), "--prompt", "hi")
     assert result.exit_code == 1
@@ -182,9 +195,7 @@ def test_bad_boxes_end_chat_before_the_model_loads(
     monkeypatch.setattr("mgllava.chat.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     path = tmp_path / "boxes.json"
     path.write_text(content)
-    result = run(
-        "chat", "--model", converted_golden, "--image", picture, "--boxes", path, "--prompt", "hi"
-    )
+    result = run("chat", "--model", converted_golden, "--image", picture, "--boxes", path, "--prompt", "hi")
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output

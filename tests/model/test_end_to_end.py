@@ -2,13 +2,13 @@
 
 import json
 
-import mgllava_kernels
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
+import mgllava_kernels
 from mgllava.chat import ChatSession
 
 BACKENDS = ("torch", "reference")

@@ -87,7 +87,9 @@ def test_features_computed_beforehand_give_the_same_answer(model, encoded):
     pictures = {k: inputs.pop(k) for k in ("pixel_values", "pixel_values_high_res", "boxes", "num_boxes")}
     features = model.get_image_features(**pictures)
     encoded.clear()
-    assert torch.equal(new_tokens(model, inputs, num_beams=2, mm_encoder_outputs={"image": features}), expected)
+    assert torch.equal(
+        new_tokens(model, inputs, num_beams=2, mm_encoder_outputs={"image": features}), expected
+    )
     assert not encoded
 
 

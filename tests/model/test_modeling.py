@@ -49,7 +49,12 @@ def test_splice_matches_the_original(golden_dir):
     config = tiny_config(
         tiny_text_config(vocab_size=52, hidden_size=12, num_attention_heads=2),
         vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=42, patch_size=14
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=42,
+            patch_size=14,
         ),
         high_res_config={"architecture": "test_convnext", "image_size": 96, "stage_widths": [24, 32, 48, 64]},
         text_vocab_size=50,
@@ -153,7 +158,10 @@ def test_swapped_box_counts_are_refused(model):
     ("change", "message"),
     [
         ({"pixel_values_high_res": None}, "without pixel_values_high_res"),
-        ({"pixel_values": torch.zeros(2, 3, 27, 28)}, r"pixel_values is \(2, 3, 27, 28\); expected \(2, 3, 28, 28\)"),
+        (
+            {"pixel_values": torch.zeros(2, 3, 27, 28)},
+            r"pixel_values is \(2, 3, 27, 28\); expected \(2, 3, 28, 28\)",
+        ),
         ({"pixel_values_high_res": torch.zeros(1, 3, 64, 64)}, "pixel_values_high_res is"),
         ({"boxes": torch.zeros(2, 4)}, r"boxes is \(2, 4\); expected \(2, K_max, 4\)"),
         ({"num_boxes": torch.tensor([1])}, r"num_boxes is \(1,\); expected \(2,\)"),
@@ -185,11 +193,7 @@ def test_every_trained_part_gets_a_gradient_and_the_placeholders_get_none():
     model = tiny_model()
     inputs = tiny_inputs([[2], [1]])
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    unused = {
-        name
-        for name, p in model.named_parameters()
-        if p.grad is None or not p.grad.abs().sum()
-    }
+    unused = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     # Only what lies behind hidden state -2 of the ViT may stay out.
     assert all("layers.2." in name or "post_layernorm" in name for name in unused), unused
     assert not model.lm_head.weight.grad[[IMAGE, OBJECT]].any()
@@ -335,7 +339,8 @@ def test_weights_offloaded_to_disk_are_found(model, tmp_path):
         tmp_path / "model",
         device_map={"model.language_model": "cpu", "lm_head": "cpu", "model.vision_tower": "cpu"}
         | dict.fromkeys(
-            ("model.high_res_tower", "model.fusion", "model.image_projector", "model.object_projector"), "disk"
+            ("model.high_res_tower", "model.fusion", "model.image_projector", "model.object_projector"),
+            "disk",
         ),
         offload_folder=tmp_path / "offload",
     )
@@ -376,7 +381,11 @@ def test_parts_missing_from_a_checkpoint_start_as_fresh_ones_do(model, tmp_path)
 def test_a_configuration_whose_grids_differ_is_refused():
     with pytest.raises(Exception, match=r"3x3 \(96 px / 32\).*2x2 \(28 px / 14\)"):
         tiny_config(
-            high_res_config={"architecture": "test_convnext", "image_size": 96, "stage_widths": [24, 32, 48, 64]}
+            high_res_config={
+                "architecture": "test_convnext",
+                "image_size": 96,
+                "stage_widths": [24, 32, 48, 64],
+            }
         )
 
 
@@ -401,7 +410,13 @@ def test_unknown_published_name_lists_the_known_ones():
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("vicuna-7b", 7.4), ("vicuna-13b", 13.6), ("phi-3-mini", 4.2), ("llama-3-8b", 8.4), ("yi-1.5-34b", 34.9)],
+    [
+        ("vicuna-7b", 7.4),
+        ("vicuna-13b", 13.6),
+        ("phi-3-mini", 4.2),
+        ("llama-3-8b", 8.4),
+        ("yi-1.5-34b", 34.9),
+    ],
 )
 def test_published_models_have_the_published_size(name, billions):
     """Parameter counts of the paper's table, where it gives them to one digit; counted on the meta device."""

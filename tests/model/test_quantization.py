@@ -12,7 +12,9 @@ from mgllava.quantization import UNQUANTISED, spare_vision
 @pytest.fixture(scope="module")
 def model():
     # bitsandbytes on a CPU wants widths that are multiples of 64.
-    return tiny_model(tiny_config(tiny_text_config(hidden_size=128, intermediate_size=128, num_key_value_heads=4)))
+    return tiny_model(
+        tiny_config(tiny_text_config(hidden_size=128, intermediate_size=128, num_key_value_heads=4))
+    )
 
 
 def int8():
