@@ -3,6 +3,8 @@
 The published models were trained on text tokenised in pieces: what comes before a picture and after it, each
 answer, each separator on its own. Tokenised as a whole the same text has other ids with some tokenizers, so
 these templates put `PIECE_SEPARATOR` between the pieces and `MGLlavaProcessor` tokenises piece by piece.
+The processor asks for it by the variable `piece_separator`; without that, as in a tokenizer's own
+`apply_chat_template`, the text comes out clean.
 """
 
 from __future__ import annotations

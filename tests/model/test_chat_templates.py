@@ -14,7 +14,12 @@ PICTURE = {"type": "image", "image": "cat.png"}
 
 
 def render(source, messages, **variables):
-    variables = {"bos_token": "<s>", "eos_token": "</s>", **variables}
+    variables = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "piece_separator": PIECE_SEPARATOR,
+        **variables,
+    }
     rendered, _ = render_jinja_template(conversations=[messages], chat_template=source, **variables)
     return rendered[0]
 
@@ -82,6 +87,14 @@ def test_pieces(name):
     whole = render(source, messages[:2])
     next_turn = 2 if name == "vicuna" else 1  # Vicuna's turns each start with the token of a beginning
     assert whole.split(PIECE_SEPARATOR) == EXPECTED[name][:-next_turn]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_is_clean_unless_pieces_are_asked_for(name):
+    messages = [user(text("What?"), PICTURE), assistant("A cat."), user("Why?")]
+    source = load_chat_template(name).source
+    rendered = render(source, messages, add_generation_prompt=True, piece_separator=None)
+    assert rendered == "".join(EXPECTED[name])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

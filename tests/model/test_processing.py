@@ -6,8 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from small_tokenizers import GOLDEN, NAMES, OWN_TEMPLATE, build
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig
+from small_tokenizers import CORPUS, GOLDEN, NAMES, OWN_TEMPLATE, build
+from tiny import HIGH_RES, LOW_RES, tiny_config, tiny_model, tiny_text_config
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    pipeline,
+)
 
 from mgllava.chat_templates import (
     PIECE_SEPARATOR,
@@ -130,6 +138,43 @@ def test_ids_and_answers_equal_the_piecewise_reference(name, template, turns):
     assert inputs["input_ids"] == [ids]
     assert inputs["assistant_masks"] == [mask]
     assert inputs["attention_mask"] == [[1] * len(ids)]
+
+
+def test_ids_equal_those_of_sentencepiece_itself(tmp_path):
+    """As Vicuna is published: a `tokenizer.model` without `tokenizer.json`."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(line.replace("\n", " ") for line in CORPUS * 10))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=380,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["<image>", "<object>"], special_tokens=True)
+
+    processor = make(template="vicuna", tokenizer=tokenizer)
+    ids = processor.apply_chat_template(conversation_of(TURNS["one picture"]), tokenize=True)[0]
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode
+    placeholders = [processor.image_token_id] * NUM_IMAGE_TOKENS + [processor.object_token_id] * 2
+    assert ids == [
+        1,
+        *encode("USER: "),
+        *placeholders,
+        *encode("\nWhat is in the picture? ASSISTANT:"),
+        *encode("A cat."),
+        2,
+        *encode("\n"),
+    ]
 
 
 any_text = st.text(st.sampled_from("aceh .\n\té🐈\x1f<>|"), max_size=20)
@@ -369,6 +414,7 @@ def test_named_chat_templates():
     processor.chat_template = {name: load_chat_template(name).source for name in ("vicuna", "chatml")}
     conversation = conversation_of(TURNS["text only"])
     assert "<|im_start|>" in processor.apply_chat_template(conversation, chat_template="chatml")
+    assert "<|eot_id|>" in processor.apply_chat_template(conversation, chat_template="llama-3")
     with pytest.raises(ValueError, match="choose one of vicuna, chatml"):
         processor.apply_chat_template(conversation)
     processor.chat_template = None
@@ -433,6 +479,15 @@ def test_truncation_of_text():
     whole = processor(images=PICTURE, text="<image> what is it")["input_ids"][0]
     cut = processor(images=PICTURE, text="<image> what is it", truncation=True, max_length=8)["input_ids"][0]
     assert cut == whole[:8]
+    plain = processor.tokenizer("what is it", add_special_tokens=False)["input_ids"]
+    processor.tokenizer.truncation_side = "left"
+    try:
+        options = {"truncation": True, "max_length": 3, "add_special_tokens": False}
+        assert processor(text="what is it", **options)["input_ids"] == [plain[-3:]]
+        with pytest.raises(ValueError, match="would cut a picture"):
+            processor(images=PICTURE, text="<image>what is it", **options)
+    finally:
+        processor.tokenizer.truncation_side = "right"
     padded = processor(text="a", padding="max_length", max_length=8, padding_side="left", return_tensors="np")
     assert padded["input_ids"].shape == (1, 8)
     assert padded["attention_mask"][0, 0] == 0
@@ -481,6 +536,32 @@ def test_model_input_names():
     names = make().model_input_names
     expected = {"input_ids", "attention_mask", "pixel_values", "pixel_values_high_res", "boxes", "num_boxes"}
     assert expected <= set(names)
+
+
+def test_pipeline_takes_boxes_in_the_conversation():
+    tokenizer = build("legacy-llama")
+    image_id, object_id = tokenizer.convert_tokens_to_ids(["<image>", "<object>"])
+    config = tiny_config(
+        tiny_text_config(vocab_size=len(tokenizer), max_position_embeddings=256),
+        text_vocab_size=len(tokenizer) - 2,
+        image_token_id=image_id,
+        object_token_id=object_id,
+    )
+    model = tiny_model(config)
+    processor = MGLlavaProcessor(
+        MGLlavaImageProcessor(high_res_size=HIGH_RES, low_res_size=LOW_RES),
+        tokenizer,
+        chat_template=load_chat_template("vicuna").source,
+        num_image_tokens=4,
+    )
+    conversation = conversation_of(TURNS["prompt"])
+    inputs = processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    answer = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+    answerer = pipeline("image-text-to-text", model=model, processor=processor)
+    [found] = answerer(text=conversation, max_new_tokens=5, return_full_text=False)
+    assert found["generated_text"] == processor.decode(answer, skip_special_tokens=True)
 
 
 class ProcessorTestConfig(PreTrainedConfig):
