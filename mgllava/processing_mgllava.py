@@ -119,10 +119,10 @@ class MGLlavaProcessor(ProcessorMixin):
                 `images_kwargs`.
 
         Returns:
-            With text: `input_ids`, `attention_mask` and, where asked for, `mm_token_type_ids` (1 at image
-                and object tokens) and `assistant_masks`, each (texts, length). With pictures:
-                `pixel_values`, `pixel_values_high_res`, `boxes`, `num_boxes` as the image processor returns
-                them, pictures of all texts one after the other.
+            With text: `input_ids`, `attention_mask` and, where asked for, `mm_token_type_ids` (1 at image and
+            object tokens) and `assistant_masks`, each (texts, length). With pictures: `pixel_values`,
+            `pixel_values_high_res`, `boxes`, `num_boxes` as the image processor returns them, pictures of
+            all texts one after the other.
 
         Raises:
             ValueError: unequal numbers of pictures, placeholders or detections, an object token in the
@@ -395,8 +395,7 @@ class MGLlavaProcessor(ProcessorMixin):
         end = start + len(piece)
         touching = [(first, last) for first, last in spans if first < end and last > start]
         whole = any(first <= start and end <= last for first, last in touching)
-        # These two are ids of their own in the training layout, also with tokenizers that would split their
-        # text.
+        # In the training layout these two are single ids, even where the tokenizer would split their text.
         for token, token_id in self._edge_tokens().items():
             if piece == token:
                 return [token_id], [int(whole)]
@@ -455,7 +454,10 @@ def _pad_mask(mask: list[int], length: int, left: bool) -> list[int]:
 def _pictures_of(
     conversations: Iterable[Iterable[Mapping[str, Any]]],
 ) -> tuple[list[list[Any]], list[list[dict[str, Any] | None]]]:
-    """For each conversation its pictures, and each picture's detections or `None`."""
+    """For each conversation its pictures, and detections or `None` of each block that stands for a picture.
+
+    A block may come without its picture, which is handed over beside the conversation then.
+    """
     images, detections = [], []
     for conversation in conversations:
         blocks = [
@@ -465,9 +467,9 @@ def _pictures_of(
             for block in message["content"]
             if block.get("type") in ("image", "image_url")
         ]
-        pictures = [(_picture_of(block), block) for block in blocks]
-        images.append([picture for picture, _ in pictures if picture is not None])
-        detections.append([_detections_of(block) for picture, block in pictures if picture is not None])
+        pictures = [_picture_of(block) for block in blocks]
+        images.append([picture for picture in pictures if picture is not None])
+        detections.append([_detections_of(block) for block in blocks])
     return images, detections
 
 

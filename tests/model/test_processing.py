@@ -328,6 +328,13 @@ def test_detections_through_processor_kwargs():
     ):
         inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, **options)
         assert inputs["num_boxes"].tolist() == [2]
+    beside = [{"role": "user", "content": [{"type": "image", **CAT_AND_DOG}]}]
+    inputs = processor.apply_chat_template(
+        beside, tokenize=True, return_dict=True, processor_kwargs={"images": [PICTURE]}
+    )
+    assert inputs["num_boxes"].tolist() == [2]
+    with pytest.raises(ValueError, match="0 pictures were given but the text holds 1"):
+        processor.apply_chat_template(beside, tokenize=True)
     both = [{"role": "user", "content": [{"type": "image", "image": PICTURE, **CAT}]}]
     with pytest.raises(ValueError, match="in the conversation and in processor_kwargs"):
         processor.apply_chat_template(both, tokenize=True, processor_kwargs={"detections": [CAT]})
