@@ -66,7 +66,9 @@ def _depthwise_backward(
         weight.shape[0],
         list(needed),
     )
-    return (_as_tokens(grad_map) if needed[0] else None), grad_weight, grad_bias
+    # The operator also returns gradients that its mask excludes.
+    grads = (_as_tokens(grad_map) if needed[0] else None, grad_weight, grad_bias)
+    return tuple(value if need else None for value, need in zip(grads, needed, strict=True))
 
 
 def depthwise_conv_gelu(
@@ -138,9 +140,9 @@ def conv_gate_fusion(
         s = (s * gate.unsqueeze(1)).to(s.dtype)
         high_bias = (high_bias * gate).to(s.dtype)
 
-    flat_f, flat_s = f.reshape(images * tokens, -1), s.reshape(images * tokens, -1)
+    flat_f, flat_s = f.flatten(0, 1), s.flatten(0, 1)
     if variant == "gate_sum":
-        fused = low_res + (named["low_res_proj_bias"] + high_bias).unsqueeze(1)
+        fused = (low_res + (named["low_res_proj_bias"] + high_bias).unsqueeze(1)).contiguous()
         fused.view(images * tokens, low_dim).addmm_(flat_f, low_weight.T).addmm_(flat_s, high_weight.T)
     else:
         fused = low_res.new_empty(images, tokens, 2 * low_dim)
@@ -209,7 +211,7 @@ def conv_gate_fusion_backward(
         grads["high_res_proj_bias"] = (gate * grad_high_sum + row_high).sum(dim=0)
     if need["high_res_proj_weight"]:
         scaled = grad_high if mean_s is None else (grad_high * gate.unsqueeze(1)).to(s.dtype)
-        grad_weight = scaled.reshape(images * tokens, low_dim).T @ s.reshape(images * tokens, -1)
+        grad_weight = scaled.flatten(0, 1).T @ s.flatten(0, 1)
         grads["high_res_proj_weight"] = grad_weight if mean_s is None else grad_weight + row_high.T @ mean_s
     if need["high_res"] or need["high_res_conv_weight"] or need["high_res_conv_bias"]:
         if mean_s is not None:
@@ -220,14 +222,14 @@ def conv_gate_fusion_backward(
                 (grad_pre @ named["high_res_conv_weight"].flatten(1)).transpose(1, 2).reshape(high_res.shape)
             )
         if need["high_res_conv_weight"]:
-            flat_high = _as_tokens(high_res).reshape(images * tokens, -1)
-            grads["high_res_conv_weight"] = grad_pre.reshape(images * tokens, -1).T @ flat_high
+            flat_high = _as_tokens(high_res).flatten(0, 1)
+            grads["high_res_conv_weight"] = grad_pre.flatten(0, 1).T @ flat_high
         grads["high_res_conv_bias"] = grad_pre.sum(dim=(0, 1))
 
     if need["low_res_proj_bias"]:
         grads["low_res_proj_bias"] = (grad_low_sum + row_low).sum(dim=0)
     if need["low_res_proj_weight"]:
-        grad_weight = grad_low.reshape(images * tokens, low_dim).T @ f.reshape(images * tokens, low_dim)
+        grad_weight = grad_low.flatten(0, 1).T @ f.flatten(0, 1)
         grads["low_res_proj_weight"] = grad_weight if mean_f is None else grad_weight + row_low.T @ mean_f
     conv_needed = (need["low_res"], need["low_res_conv_weight"], need["low_res_conv_bias"])
     if any(conv_needed):

@@ -124,7 +124,7 @@ def depthwise_conv_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, height: in
         for row in range(height):
             for column in range(width):
                 for d in range(tokens.shape[2]):
-                    total = float(bias[d])
+                    total = bias[d].item()
                     for i in range(7):
                         for j in range(7):
                             y, x = row + i - 3, column + j - 3
