@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, one seed, where the golden values are."""
+"""Shared by all tests: no network, one seed, the golden values and the converted miniature."""
 
 import os
 from pathlib import Path
@@ -19,3 +19,21 @@ def golden_dir() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def converted_golden(golden_dir, tmp_path_factory) -> Path:
+    """The miniature checkpoint, converted once for all tests that only read the result."""
+    from mgllava.conversion import convert_checkpoint
+
+    files = golden_dir / "end_to_end"
+    output = tmp_path_factory.mktemp("converted") / "miniature"
+    convert_checkpoint(
+        files / "mg_llava.pth",
+        llm=files / "llm",
+        clip=files / "clip",
+        convnext=files / "convnext",
+        output=output,
+        template="vicuna",
+    )
+    return output
