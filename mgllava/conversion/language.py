@@ -1,19 +1,16 @@
-"""The language model beside its weights: tokenizer, placeholders, chat template, generation settings."""
+"""The language model beside its weights: tokenizer, chat template, generation settings."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..chat_templates import TEMPLATES, adapt_language_model_template, load_chat_template, stop_token_ids
 from .parts import Part
 from .tensors import ConversionError
+from .tokenizer import add_placeholders, load_tokenizer
 
-IMAGE_TOKEN, OBJECT_TOKEN = "<image>", "<object>"
 DEFAULT_TEMPLATE = "vicuna"
 
-_PROBE = "USER: What's in the image?\n  Two cats (1.5 m apart), naïve café — 猫が2匹。 ASSISTANT:"
 _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -52,7 +49,7 @@ def read_language(part: Part, vocab_size: int, template: str | None) -> Language
     """
     check_template(template)
     notes: list[str] = []
-    tokenizer = _load_tokenizer(part, notes)
+    tokenizer = load_tokenizer(part, notes)
     image_token_id, object_token_id = add_placeholders(tokenizer)
     rows = max(vocab_size, max(tokenizer.get_vocab().values()) + 1)
     source, stop_ids = _choose_template(tokenizer, template, notes)
@@ -70,70 +67,6 @@ def check_template(template: str | None) -> None:
             load_chat_template(template)
         except ValueError as error:
             raise ConversionError(str(error)) from error
-
-
-def add_placeholders(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Add `<image>` and `<object>` as special tokens; returns their ids.
-
-    Raises:
-        ConversionError: if the tokenizer gives them ids that other tokens have.
-    """
-    before = tokenizer.get_vocab()
-    tokens = (IMAGE_TOKEN, OBJECT_TOKEN)
-    tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True
-    )
-    ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in tokens)
-    taken = {number: token for token, number in before.items()}
-    for token, number in zip(tokens, ids, strict=True):
-        if number is None or taken.get(number, token) != token:
-            raise ConversionError(
-                f"the tokenizer cannot take {token}: it gives it the id {number} of {taken.get(number)!r}"
-            )
-    return ids
-
-
-def _load_tokenizer(part: Part, notes: list[str]) -> PreTrainedTokenizerBase:
-    if not any((part.folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
-        raise ConversionError(
-            f"{part.option} {part.name}: the folder has no tokenizer.json or tokenizer.model"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(part.folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare exceptions
-        raise ConversionError(f"{part.option} {part.name}: its tokenizer cannot be read: {error}") from error
-    file = part.folder / "tokenizer.json"
-    if file.is_file() and not _agrees(tokenizer, file):
-        notes.append(
-            f"{type(tokenizer).__name__} splits text differently from {part.name}'s tokenizer.json; the file "
-            "was used"
-        )
-        tokenizer = _tokenizer_of_file(part, file)
-    return tokenizer
-
-
-def _agrees(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
-    """Whether a loaded tokenizer does what its tokenizer.json says.
-
-    transformers 5 rebuilds some tokenizers from their vocabulary by class name: `LlamaTokenizer` forces the
-    SentencePiece splitting and drops the spaces of byte-level vocabularies.
-    """
-    raw = Tokenizer.from_file(str(file))
-    ids = raw.encode(_PROBE, add_special_tokens=False).ids
-    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    same_text = decoded.strip() == raw.decode(ids, skip_special_tokens=False).strip()
-    return tokenizer.encode(_PROBE, add_special_tokens=False) == ids and same_text
-
-
-def _tokenizer_of_file(part: Part, file: Path) -> PreTrainedTokenizerFast:
-    settings = (
-        part.read_json("tokenizer_config.json") if (part.folder / "tokenizer_config.json").is_file() else {}
-    )
-    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length", "chat_template")
-    values = {name: settings[name] for name in kept if settings.get(name) is not None}
-    # A token may be written as text or as an AddedToken's fields.
-    values = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), **values)
 
 
 def _choose_template(

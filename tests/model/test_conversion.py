@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
 from mgllava import MGLlavaForConditionalGeneration
-from mgllava.conversion import ConversionError, convert, language, parts, write
+from mgllava.conversion import ConversionError, convert, parts, tokenizer, write
 
 GAMMA = "visual.trunk.stages.1.blocks.0.gamma"
 
@@ -531,17 +532,67 @@ def test_byte_level_vocabulary_behind_a_sentencepiece_class(tmp_path, tokenizer_
         "eos_token": {"__type": "AddedToken", "content": "</s>"},
     }
     (sources.llm / "tokenizer_config.json").write_text(json.dumps(settings))
+    (sources.llm / "chat_template.jinja").write_text("the model's own")
     result = sources.convert(tmp_path / "out")
+    assert "the model's own" in result.plan.language.chat_template
     loaded = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
     text = "what is in the image"
     assert loaded.encode(text, add_special_tokens=False) == raw.encode(text).ids
     assert loaded.eos_token_id == 2
     # Some releases see through LlamaTokenizer themselves; none does for Gemma's.
-    disagreed = not language._agrees(
+    disagreed = not tokenizer._agrees(
         AutoTokenizer.from_pretrained(sources.llm), sources.llm / "tokenizer.json"
     )
     assert disagreed or tokenizer_class == "LlamaTokenizer"
     assert disagreed == any("splits text differently" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sentencepiece_file_alone(tmp_path, legacy):
+    """Vicuna is published without tokenizer.json: ids are those of SentencePiece, leading spaces included."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sources = Sources().copied("llm", tmp_path)
+    for file in ("tokenizer.json", "model.safetensors"):
+        (sources.llm / file).unlink()
+    lines = [f"what is in the image number {number} ? two cats and {number} dogs" for number in range(200)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(sources.llm / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (sources.llm / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((sources.llm / "config.json").read_text())
+    (sources.llm / "config.json").write_text(json.dumps(config | {"vocab_size": 320}))
+    tensors = golden_state_dict()
+    tensors |= {
+        name: torch.randn(320, 48) for name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
+    }
+    torch.save(tensors, tmp_path / "checkpoint.pth")
+    result = sources.with_checkpoint(tmp_path / "checkpoint.pth").convert(tmp_path / "out", template="vicuna")
+    assert not result.notes
+    original = sentencepiece.SentencePieceProcessor(model_file=str(sources.llm / "tokenizer.model"))
+    loaded = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    for text in ("what is in the image ?", "  two  cats", " dogs\n", "naïve 猫"):
+        assert loaded.encode(text, add_special_tokens=False) == original.encode(text)
+        assert loaded.decode(original.encode(text)) == text
+    assert loaded.encode("two cats")[0] == loaded.bos_token_id
+    assert loaded.encode("two<image>cats")[1:] == [*original.encode("two"), 320, *original.encode("cats")]
+    assert loaded.pad_token == "<unk>"
+
+
+def test_sentencepiece_missing(tmp_path, monkeypatch):
+    sources = Sources().copied("llm", tmp_path)
+    (sources.llm / "tokenizer.json").rename(sources.llm / "tokenizer.model")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert "pip install sentencepiece" in failure(sources)
 
 
 # --- errors ---------------------------------------------------------------------------------------
