@@ -167,9 +167,9 @@ def check_is_mgllava(tensors: Iterable[str]) -> None:
     )
 
 
-def components_in(tensors: Iterable[str], names: Mapping[str, str]) -> set[str]:
-    """The components (prefixes of the model's names) that a source's tensors belong to."""
-    targets = (rename(key, names) for key in tensors)
+def components_in(checkpoint: Iterable[str], names: Mapping[str, str]) -> set[str]:
+    """The components (prefixes of the model's names) that a checkpoint's tensors belong to."""
+    targets = (rename(key, names) for key in checkpoint if not _reason_to_ignore(CHECKPOINT, key))
     return {_component(target) for target in targets if target}
 
 
@@ -216,27 +216,27 @@ def map_weights(
     leftover, misshapen, doubled = [], [], []
     for source, tensors in sources.items():
         for key, tensor in tensors.items():
+            target = rename(key, names[source])
             reason = _reason_to_ignore(source, key)
-            target = None if reason else rename(key, names[source])
-            if reason is None and target == "lm_head.weight" and config.tie_word_embeddings:
+            if target == "lm_head.weight" and config.tie_word_embeddings:
                 reason = "tied to the input embedding"
-            if reason is None and (target is None or target not in shapes):
-                leftover.append(f"{source}: {key} {tensor.shape}")
-                continue
-            if reason is None:
-                expected = _expected_shape(target, shapes, table_names, config)
-                if tensor.shape != expected:
-                    misshapen.append(f"{source}: {key} is {tensor.shape}, expected {expected}")
-                    found.setdefault(target, Assignment(target, shapes[target], source, key, tensor))
-                    continue
-                if source != CHECKPOINT and _component(target) in replaced:
-                    reason = "replaced by the checkpoint"
             if reason is not None:
                 mapping.unused.append((source, key, reason))
+                continue
+            if target not in shapes:
+                leftover.append(f"{source}: {key} {tensor.shape}")
+                continue
+            assignment = Assignment(target, shapes[target], source, key, tensor)
+            expected = _expected_shape(target, shapes, table_names, config)
+            if tensor.shape != expected:
+                misshapen.append(f"{source}: {key} is {tensor.shape}, expected {expected}")
+                found.setdefault(target, assignment)  # wrong, but not missing too
+            elif source != CHECKPOINT and _component(target) in replaced:
+                mapping.unused.append((source, key, "replaced by the checkpoint"))
             elif target in found:
                 doubled.append(f"{source}: {key} and {found[target].key} both give {target}")
             else:
-                found[target] = Assignment(target, shapes[target], source, key, tensor)
+                found[target] = assignment
     missing = [
         f"{_origin(target, replaced)}: {target} {shape}"
         for target, shape in shapes.items()

@@ -208,6 +208,8 @@ def test_zero_2_without_optimizer_shards_uses_the_model_state(converted, tmp_pat
 
 def test_stage_1_checkpoint_takes_the_language_model_from_its_folder(converted, tmp_path):
     tensors = {name: value for name, value in golden_state_dict().items() if not name.startswith("llm.")}
+    # A buffer that came along does not make the language model the checkpoint's.
+    tensors["llm.model.rotary_emb.inv_freq"] = torch.ones(6)
     torch.save({"state_dict": tensors}, tmp_path / "stage_1.pth")
     Sources().with_checkpoint(tmp_path / "stage_1.pth").convert(tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
