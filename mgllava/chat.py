@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.generation.streamers import BaseStreamer
+
+from mgllava_kernels import active_backend
 
 from .configuration_mgllava import MGLlavaConfig
 from .modeling_mgllava import PICTURE_INPUTS, MGLlavaForConditionalGeneration
@@ -37,6 +40,7 @@ def load_model(
         device_map = "auto" if torch.cuda.is_available() else "cpu"
     else:
         device_map = str(check_device(device))
+    check_backend(device_map)
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device_map)
     return model.eval(), processor
@@ -70,6 +74,20 @@ def check_model_folder(path: str) -> None:
         shards = ["model.safetensors"]
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise ValueError(f"{path} is incomplete; missing {', '.join(missing)}")
+    for name in shards:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged or cut short: {error}") from error
+
+
+def check_backend(device: str) -> None:
+    """Raise ValueError if the kernels' path that the environment asks for does not exist or cannot run there."""
+    try:
+        active_backend(torch.empty(0, device="cuda" if device == "auto" else device))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def check_device(device: str) -> torch.device:

@@ -56,6 +56,7 @@ def read_language(part: Part, vocab_size: int, template: str | None) -> Language
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.chat_template = None  # the processor's is the one that counts
+    tokenizer.padding_side = "left"  # batches are for generation, which reads on from the right end
     generation = _generation_settings(part, tokenizer, stop_ids, notes)
     return Language(tokenizer, image_token_id, object_token_id, rows, source, generation, notes)
 

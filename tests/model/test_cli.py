@@ -215,18 +215,36 @@ def test_unknown_dtypes_and_devices_are_named(run, converted_golden, option):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(("value", "message"), [("cudnn", "reference"), ("triton", "triton")])
+def test_a_backend_that_cannot_be_is_refused_before_the_model_loads(
+    run, converted_golden, monkeypatch, value, message
+):
+    monkeypatch.setenv("MGLLAVA_KERNELS", value)
+    monkeypatch.setattr(
+        "mgllava.chat.AutoModelForImageTextToText.from_pretrained", lambda *a, **k: pytest.fail("loaded")
+    )
+    result = run("chat", "--model", converted_golden, "--prompt", "hi", "--device", "cpu")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert value in result.stderr
+
+
 def test_folders_that_hold_no_model_are_refused(run, tmp_path, converted_golden):
     cases = {
         "absent": "no model folder",
         "empty": "config.json",
         "other": "'bert'",
         "half": "incomplete; missing model.safetensors",
+        "cut": "damaged or cut short",
     }
-    for name in ("empty", "other", "half"):
+    for name in ("empty", "other", "half", "cut"):
         (tmp_path / name).mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
     config = json.loads((converted_golden / "config.json").read_text())
     (tmp_path / "half" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(config))
+    weights = (converted_golden / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     for name, message in cases.items():
         result = run("chat", "--model", tmp_path / name, "--prompt", "hi")
         assert result.exit_code == 1, name

@@ -105,9 +105,7 @@ def test_a_batch_of_conversations(model, processor, picture, detections):
         conversation(picture.rotate(180), {"boxes": [[5, 5, 40, 40]]}, "how many are there ?"),
     ]
     settings = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-    together = processor.apply_chat_template(
-        chats, **settings, processor_kwargs={"padding": True, "padding_side": "left"}
-    )
+    together = processor.apply_chat_template(chats, **settings, processor_kwargs={"padding": True})
     answers = model.generate(**together, max_new_tokens=4, do_sample=False)
     answers = answers[:, together["input_ids"].shape[1] :]
     for chat, answer in zip(chats, answers, strict=True):
