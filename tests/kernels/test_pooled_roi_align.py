@@ -80,6 +80,16 @@ def test_float32_keeps_six_digits_at_published_grids():
     assert relative_error(pooled_roi_align(features, boxes, spatial_scale=0.25), exact) < 1e-5
 
 
+def test_small_boxes_far_from_the_origin_keep_their_digits():
+    feature, corners = torch.randn(1, 5, 192, 192), torch.rand(200, 2) * 720
+    boxes = [torch.cat([corners, corners + 4], dim=1)]
+    with use_backend("reference"):
+        composition = pooled_roi_align([feature], boxes, spatial_scale=0.25)
+        exact = pooled_roi_align([feature.double()], boxes, spatial_scale=0.25)
+    output = pooled_roi_align([feature], boxes, spatial_scale=0.25)
+    assert relative_error(output, exact) < 1.3 * relative_error(composition, exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("longest", [3, 30, 768])
 def test_as_accurate_as_the_composition(dtype, longest):

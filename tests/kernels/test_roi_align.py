@@ -10,7 +10,7 @@ from kernel_cases import PATHS, as_accurate, random_boxes, relative_error
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from mgllava_kernels import roi_align, use_backend
+from mgllava_kernels import pooled_roi_align, roi_align, use_backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -57,6 +57,40 @@ def test_any_box_gives_torchvision_s_values(boxes, size, options):
         expected = roi_align(input, boxes, (7, 5), **options)
     output = roi_align(input, boxes, (7, 5), **options)
     torch.testing.assert_close(output, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("sampling_ratio", [-1, 1, 2, 7])
+def test_samples_on_and_across_the_edges(path, sampling_ratio, aligned):
+    """Samples exactly at -1 and at the size count, those beyond do not; several lie between -1 and 0."""
+    input = torch.randn(1, 2, 8, 8, dtype=torch.float64)
+    starts_and_ends = [
+        (-3, 5),
+        (6, 14),
+        (-6, 3),
+        (3, 20),
+        (-2.5, 5.5),
+        (6.5, 14.5),
+        (-20, 30),
+        (7.5, 8.5),
+        (5, -3),
+    ]
+    boxes = torch.tensor([[0, a, a, b, b] for a, b in starts_and_ends], dtype=torch.float64)
+    with use_backend(path):
+        for size in ((2, 2), (1, 4)):
+            output = roi_align(input, boxes, size, 1.0, sampling_ratio, aligned)
+            expected = naive.roi_align(input, boxes, size, 1.0, sampling_ratio, aligned)
+            torch.testing.assert_close(output, expected, atol=1e-9, rtol=1e-9)
+            pooled = pooled_roi_align(
+                [input],
+                boxes,
+                spatial_scale=1.0,
+                output_size=size,
+                sampling_ratio=sampling_ratio,
+                aligned=aligned,
+            )
+            torch.testing.assert_close(pooled, expected.mean(dim=(2, 3)), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("aligned", [False, True])
