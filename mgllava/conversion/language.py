@@ -56,7 +56,8 @@ def read_language(part: Part, vocab_size: int, template: str | None) -> Language
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.chat_template = None  # the processor's is the one that counts
-    tokenizer.padding_side = "left"  # batches are for generation, which reads on from the right end
+    # Batches are for generation, which reads on from the right end; what is saved are the init arguments.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     generation = _generation_settings(part, tokenizer, stop_ids, notes)
     return Language(tokenizer, image_token_id, object_token_id, rows, source, generation, notes)
 
