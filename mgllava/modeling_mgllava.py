@@ -133,17 +133,21 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
         return outputs.hidden_states[self.config.vision_feature_layer][:, 1:]
 
-    def pool_objects(self, stages: list[Tensor], boxes: Tensor) -> Tensor:
+    def pool_objects(self, stages: list[Tensor], boxes: Tensor, num_boxes: Tensor | None) -> Tensor:
         """One vector per box: RoIAlign over all stages at the finest grid, averaged over its bins.
 
         Args:
             stages: ConvNeXt stage maps, finest first, each (images, C_l, H_l, W_l).
             boxes: (images, K_max, 4) xyxy in high-resolution pixels.
+            num_boxes: (images,); rows beyond are padding, whatever they hold. None: all are boxes.
 
         Returns:
             (images, K_max, ΣC_l).
         """
         images, max_boxes, _ = boxes.shape
+        if num_boxes is not None:
+            row = torch.arange(max_boxes, device=boxes.device)
+            boxes = boxes.where((row < num_boxes.to(boxes.device)[:, None])[..., None], 0)
         index = torch.arange(images, device=boxes.device, dtype=torch.float32)
         index = index[:, None, None].expand(images, max_boxes, 1)
         # Coordinates stay in float32: bfloat16 cannot tell pixel 513 from 514.
@@ -190,7 +194,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         if boxes is None:
             tokens = self.image_projector(fused)
         else:
-            objects = self.pool_objects(stages, boxes)
+            objects = self.pool_objects(stages, boxes, num_boxes)
             tokens = torch.cat([self.image_projector(fused), self.object_projector(objects)], dim=1)
         return MGLlavaImageFeatures(pooler_output=list(tokens), num_objects=num_boxes)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgllava_kernels._torch import roi_crops
+
 # Largest temporary of one chunk of boxes, in elements: 16 MB of float32. At published sizes 113 boxes fit.
 CHUNK_ELEMENTS = 1 << 22
 
@@ -256,6 +258,11 @@ def _roi_axis_weights(
     return axis_weights(rows, height), axis_weights(columns, width)
 
 
+def _weight_chunks(boxes: Tensor, elements: int) -> Sequence[Tensor]:
+    """Groups of boxes whose axis weights, `elements` a box, stay within one chunk; at least one group."""
+    return boxes.split(max(1, CHUNK_ELEMENTS // elements))
+
+
 def roi_align(
     input: Tensor,
     boxes: Tensor,
@@ -268,6 +275,18 @@ def roi_align(
     """W_y · F · W_xᵀ for each box and channel, rows first; computes in the dtype of `boxes`."""
     images, channels, height, width = input.shape
     image_index = boxes[:, 0].trunc()
+    if input.device.type == "cpu":
+        channels_last = input.permute(0, 2, 3, 1).to(boxes.dtype).contiguous()
+        sizes = (height, width, spatial_scale, output_height, output_width, sampling_ratio, aligned)
+        bins = [
+            roi_crops.align(
+                channels_last,
+                chunk[:, 0].trunc(),
+                *_roi_axis_weights(chunk, *sizes),
+            )
+            for chunk in _weight_chunks(boxes, output_height * height + output_width * width)
+        ]
+        return torch.cat(bins).permute(0, 3, 1, 2).to(input.dtype).contiguous()
     output = boxes.new_zeros(len(boxes), channels, output_height, output_width)
     limit = max(1, CHUNK_ELEMENTS // (output_height * channels * width))
     for image, rows, mask in rows_by_image(image_index, images, limit):
@@ -296,6 +315,16 @@ def roi_align_backward(
     """W_yᵀ · grad · W_x summed over the boxes of each image, in one fixed order."""
     images, channels, height, width = shape
     image_index = boxes[:, 0].trunc()
+    if grad.device.type == "cpu":
+        channels_last = boxes.new_zeros(images, height, width, channels)
+        sizes = (height, width, spatial_scale, output_height, output_width, sampling_ratio, aligned)
+        chunks = _weight_chunks(boxes, output_height * height + output_width * width)
+        grads = grad.split([len(chunk) for chunk in chunks])
+        for chunk, part in zip(chunks, grads, strict=True):
+            by_bin = part.permute(0, 2, 3, 1).to(boxes.dtype).contiguous()
+            weights = _roi_axis_weights(chunk, *sizes)
+            roi_crops.align_backward(by_bin, channels_last, chunk[:, 0].trunc(), *weights)
+        return channels_last.permute(0, 3, 1, 2).to(grad.dtype).contiguous()
     result = boxes.new_zeros(images, height, channels * width)
     limit = max(1, CHUNK_ELEMENTS // (output_height * channels * width))
     for image, rows, mask in rows_by_image(image_index, images, limit):
