@@ -1,7 +1,6 @@
 """The command line: `mgllava demo | chat | convert | doctor`."""
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,7 +169,3 @@ def doctor() -> None:
 
 def main() -> None:
     app(prog_name="mgllava")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
