@@ -258,6 +258,11 @@ def _roi_axis_weights(
     return axis_weights(rows, height), axis_weights(columns, width)
 
 
+def _box_by_box(device: torch.device) -> bool:
+    """Whether to go from box to box, which reads the boxes on the host; elsewhere that would synchronise."""
+    return device.type == "cpu"
+
+
 def _weight_chunks(boxes: Tensor, elements: int) -> Sequence[Tensor]:
     """Groups of boxes whose axis weights, `elements` a box, stay within one chunk; at least one group."""
     return boxes.split(max(1, CHUNK_ELEMENTS // elements))
@@ -275,7 +280,7 @@ def roi_align(
     """W_y · F · W_xᵀ for each box and channel, rows first; computes in the dtype of `boxes`."""
     images, channels, height, width = input.shape
     image_index = boxes[:, 0].trunc()
-    if input.device.type == "cpu":
+    if _box_by_box(input.device):
         channels_last = input.permute(0, 2, 3, 1).to(boxes.dtype).contiguous()
         sizes = (height, width, spatial_scale, output_height, output_width, sampling_ratio, aligned)
         bins = [
@@ -315,7 +320,7 @@ def roi_align_backward(
     """W_yᵀ · grad · W_x summed over the boxes of each image, in one fixed order."""
     images, channels, height, width = shape
     image_index = boxes[:, 0].trunc()
-    if grad.device.type == "cpu":
+    if _box_by_box(grad.device):
         channels_last = boxes.new_zeros(images, height, width, channels)
         sizes = (height, width, spatial_scale, output_height, output_width, sampling_ratio, aligned)
         chunks = _weight_chunks(boxes, output_height * height + output_width * width)

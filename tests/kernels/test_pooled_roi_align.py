@@ -235,11 +235,15 @@ def test_rows_by_mask_equal_rows_by_index(monkeypatch):
     expected = pooled_roi_align(features, boxes, spatial_scale=1.0)
     expected_grads = torch.autograd.grad(expected.square().sum(), features)
     expected_bins = roi_align.roi_align(features[0], boxes, 3)
+    expected_bin_grads = torch.autograd.grad(expected_bins.square().sum(), features[0])
     monkeypatch.setattr(implementation, "rows_by_image", by_mask)
+    monkeypatch.setattr(implementation, "_box_by_box", lambda device: False)
     output = pooled_roi_align(features, boxes, spatial_scale=1.0)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(torch.autograd.grad(output.square().sum(), features), expected_grads)
-    torch.testing.assert_close(roi_align.roi_align(features[0], boxes, 3), expected_bins)
+    bins = roi_align.roi_align(features[0], boxes, 3)
+    torch.testing.assert_close(bins, expected_bins)
+    torch.testing.assert_close(torch.autograd.grad(bins.square().sum(), features[0]), expected_bin_grads)
 
     monkeypatch.setattr(roi_align, "_check_box_values", lambda *_: None)
     boxes[0, 0], boxes[1, 0] = 2, -1
