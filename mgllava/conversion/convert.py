@@ -111,13 +111,13 @@ def convert_checkpoint(
         ConversionError: before anything is written, if a file is missing, damaged or of another model, if a
             tensor is missing, left over or wrongly shaped, if `output` is taken or the disk too small.
     """
-    if output is None and not dry_run:
-        raise ConversionError("no output folder given")
     if output is not None:
         output = Path(output).expanduser()
         check_output(output)
+    elif not dry_run:
+        raise ConversionError("no output folder given")
     plan = plan_conversion(checkpoint, llm, clip, convnext, template=template, dtype=dtype)
-    if dry_run:
+    if dry_run or output is None:
         return ConversionResult(plan, None)
     check_disk_space(output, plan.mapping.assignments, plan.dtype)
     with complete_or_absent(output) as folder:

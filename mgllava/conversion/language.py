@@ -45,21 +45,42 @@ def read_language(part: Part, vocab_size: int, template: str | None) -> Language
         template: name of a built-in template, or None for the language model's own.
 
     Raises:
-        ConversionError: for an unknown template, or a tokenizer that is missing or cannot be read.
+        ConversionError: for an unknown template, or a tokenizer that is missing, cannot be read or is another
+            model's.
     """
     check_template(template)
     notes: list[str] = []
     tokenizer = load_tokenizer(part, notes)
     image_token_id, object_token_id = add_placeholders(tokenizer)
-    rows = max(vocab_size, max(tokenizer.get_vocab().values()) + 1)
+    rows = _rows(tokenizer, vocab_size, max(image_token_id, object_token_id))
     source, stop_ids = _choose_template(tokenizer, template, notes)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.chat_template = None  # the processor's is the one that counts
     # Batches are for generation, which reads on from the right end; what is saved are the init arguments.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    for how_it_was_loaded in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     generation = _generation_settings(part, tokenizer, stop_ids, notes)
     return Language(tokenizer, image_token_id, object_token_id, rows, source, generation, notes)
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int, last_placeholder: int) -> int:
+    """Rows of the embedding table with the placeholders; more than `vocab_size` only if they do not fit.
+
+    Rows that are added have no training, so none may ever be generated. The model hides those up to the last
+    placeholder; hence that one must be the last row.
+
+    Raises:
+        ConversionError: if the tokenizer has tokens beyond both the table and the placeholders.
+    """
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= vocab_size and last > last_placeholder:
+        raise ConversionError(
+            f"the tokenizer gives {token!r} the id {last}, the language model has only {vocab_size} rows; "
+            "is it the tokenizer of another model?"
+        )
+    return max(vocab_size, last + 1)
 
 
 def check_template(template: str | None) -> None:
@@ -80,8 +101,15 @@ def _choose_template(
     if template is None and own:
         # Generation settings published beside a template often lack the token that ends its turns.
         vocabulary = tokenizer.get_vocab()
-        stops = [token for name in TEMPLATES for token in load_chat_template(name).stop_tokens]
-        stop_ids = [vocabulary[token] for token in stops if token in own and token in vocabulary]
+        stops = {token: name for name in TEMPLATES for token in load_chat_template(name).stop_tokens}
+        known = [token for token in stops if token in vocabulary]
+        stop_ids = [vocabulary[token] for token in known if token in own]
+        # Even where its text is the same its ids may differ: it is tokenised whole, training was piece by piece.
+        note = "uses the language model's own chat template"
+        family = next((stops[token] for token in sorted(known, key=lambda token: token not in own)), None)
+        if family:
+            note += f"; published MG-LLaVA checkpoints of this family were trained with --template {family}"
+        notes.append(note)
         return adapt_language_model_template(own), stop_ids
     if template is None:
         notes.append(

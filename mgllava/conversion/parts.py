@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -38,7 +39,7 @@ class Part:
     option: str
     name: str
     folder: Path
-    weights: Sequence[str]
+    weights: tuple[str, ...]
     hub_id: str | None = None
 
     def read_json(self, file: str) -> dict:
@@ -78,7 +79,7 @@ class Part:
         return {}
 
 
-def find_part(option: str, location: str | Path, weights: Sequence[str]) -> Part:
+def find_part(option: str, location: str | Path, weights: tuple[str, ...]) -> Part:
     """A local folder as it is; a hub id with its configuration and tokenizer files fetched.
 
     Raises:
@@ -147,7 +148,8 @@ def read_high_res_config(part: Part, grid_size: int) -> MGLlavaHighResConfig:
             "(model_cfg.vision_cfg.timm_model_name); expected a ConvNeXt of timm, for example convnext_large"
         )
     with torch.device("meta"):
-        stages = timm.create_model(architecture, pretrained=False).feature_info
+        model: Any = timm.create_model(architecture, pretrained=False)
+    stages = model.feature_info
     stride = stages[-1]["reduction"]
     return MGLlavaHighResConfig(
         architecture=architecture,

@@ -251,6 +251,7 @@ def _plain(value: Any, file: str, seen: dict[int, Any]) -> Any:
         return value
     if id(value) in seen:
         return seen[id(value)]
+    plain: Any = None
     if isinstance(value, torch.Tensor):
         plain = LazyTensor.of(value, file)
     elif isinstance(value, _StoredTensor):
@@ -263,7 +264,5 @@ def _plain(value: Any, file: str, seen: dict[int, Any]) -> Any:
     elif isinstance(value, (list, tuple)):
         plain = seen[id(value)] = []
         plain.extend(_plain(item, file, seen) for item in value)
-    else:
-        plain = None
     seen[id(value)] = plain
     return plain

@@ -55,14 +55,18 @@ def add_placeholders(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True
     )
-    ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in tokens)
-    taken = {number: token for token, number in before.items()}
-    for token, number in zip(tokens, ids, strict=True):
+    after = tokenizer.get_vocab()
+    taken: dict[int | None, str] = {number: token for token, number in before.items()}
+    ids = []
+    for token in tokens:
+        number = after.get(token)
         if number is None or taken.get(number, token) != token:
             raise ConversionError(
                 f"the tokenizer cannot take {token}: it gives it the id {number} of {taken.get(number)!r}"
             )
-    return ids
+        ids.append(number)
+    image_token_id, object_token_id = ids
+    return image_token_id, object_token_id
 
 
 def _load_by_class(part: Part) -> PreTrainedTokenizerBase:

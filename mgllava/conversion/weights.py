@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
                     f"{path.name}: {name} is stored as {view.get_dtype()}, which is not supported"
                 )
             tensors[name] = LazyTensor(
-                tuple(view.get_shape()), dtype, path.name, lambda name=name: handle.get_tensor(name)
+                tuple(view.get_shape()), dtype, path.name, partial(handle.get_tensor, name)
             )
     except (SafetensorError, OSError) as error:
         raise ConversionError(

@@ -102,7 +102,9 @@ def _values(item: Assignment, dtype: torch.dtype) -> torch.Tensor:
         grown = torch.zeros(item.shape, dtype=_stored_dtype(item, dtype))
         grown[: values.shape[0]] = values
         return grown
-    return values.to(_stored_dtype(item, dtype)).contiguous()
+    # Always a copy: a view of a memory map would be read only while it is saved, past the progress bar, and
+    # safetensors refuses two names for one memory.
+    return values.to(_stored_dtype(item, dtype), copy=True, memory_format=torch.contiguous_format)
 
 
 def _split(assignments: Sequence[Assignment], dtype: torch.dtype, max_bytes: int) -> list[list[Assignment]]:

@@ -10,7 +10,7 @@ The layout is that of `deepspeed.utils.zero_to_fp32`. Each rank's `*_optim_state
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def open_deepspeed_folder(folder: Path) -> tuple[dict[str, LazyTensor], torch.dt
     optimizer_files = _by_rank(folder.glob(_OPTIMIZER_FILES))
     if optimizer_files:
         tensors |= _merged(states[0], [_read_dict(file) for file in optimizer_files], folder)
-    _add_shared(tensors, states[0].get("shared_params"))
+    _add_shared(tensors, states[0].get("shared_params") or {})
 
     absent = sorted(set(module) - set(tensors))
     if absent:
@@ -77,7 +77,7 @@ def _read_dict(file: Path) -> dict:
     return content
 
 
-def _by_rank(files) -> list[Path]:
+def _by_rank(files: Iterable[Path]) -> list[Path]:
     """Sorted by the numbers in the names: rank 10 comes after rank 9."""
     return sorted(files, key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
 
@@ -85,8 +85,12 @@ def _by_rank(files) -> list[Path]:
 def _merged(model_state: dict, optimizer_states: list[dict], folder: Path) -> dict[str, LazyTensor]:
     groups = model_state.get("param_shapes")
     groups = [groups] if isinstance(groups, dict) else groups
-    states = [state.get("optimizer_state_dict") for state in optimizer_states]
-    if not groups or not all(isinstance(state, dict) for state in states):
+    states = [
+        state["optimizer_state_dict"]
+        for state in optimizer_states
+        if isinstance(state.get("optimizer_state_dict"), dict)
+    ]
+    if not groups or len(states) != len(optimizer_states):
         raise ConversionError(
             f"{folder.name} is no ZeRO checkpoint: no parameter shapes or no optimizer state in it"
         )
@@ -195,9 +199,8 @@ def _frozen(states: list[dict], folder: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _add_shared(tensors: dict[str, LazyTensor], pairs: object) -> None:
+def _add_shared(tensors: dict[str, LazyTensor], pairs: dict[str, str] | list) -> None:
     """Names that share one parameter: only the partner was partitioned."""
-    items = pairs.items() if isinstance(pairs, dict) else pairs or []
-    for name, partner in items:
+    for name, partner in pairs.items() if isinstance(pairs, dict) else pairs:
         if partner in tensors:
             tensors[name] = tensors[partner]

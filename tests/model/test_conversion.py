@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 import shutil
 import sys
 
@@ -347,11 +348,44 @@ def test_output_shards(converted, tmp_path):
     assert torch.equal(model.lm_head.weight, converted[1]["lm_head.weight"])
 
 
+def test_two_parameters_that_shared_memory(converted, tmp_path):
+    """Where the checkpoint stores one memory under two names and no row is added, both are written."""
+    tensors = golden_state_dict()
+    shared = "fuse_module.slow_proj.bias", "fuse_module.fast_conv.bias"
+    tensors[shared[1]] = tensors[shared[0]]
+    torch.save(tensors, tmp_path / "checkpoint.pth")
+    Sources().with_checkpoint(tmp_path / "checkpoint.pth").convert(tmp_path / "out")
+    expected = dict(converted[1])
+    expected["model.fusion.low_res_conv.bias"] = expected["model.fusion.high_res_proj.bias"]
+    assert_same_weights(tmp_path / "out", expected)
+
+
+def test_progress_is_shown_on_stderr(tmp_path, capsys):
+    Sources().convert(tmp_path / "quiet", progress=False)
+    assert capsys.readouterr() == ("", "")
+    Sources().convert(tmp_path / "out", progress=True)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "writing weights" in err
+    done, total = re.search(r"([\d.]+)/([\d.]+) [kM]B", err).groups()
+    assert done == total
+
+
+def test_progress_moves(tmp_path, monkeypatch):
+    """It advances tensor by tensor, by as many bytes as are written in the end."""
+    steps = []
+    monkeypatch.setattr(write.Progress, "advance", lambda bar, task, size: steps.append(size))
+    Sources().convert(tmp_path / "out", progress=True)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(steps) == sorted(value.nbytes for value in weights.values())
+
+
 def test_output_is_self_contained_and_anonymous(converted):
     output, _ = converted
     text = {file.name: file.read_text() for file in output.iterdir() if file.suffix != ".safetensors"}
     assert {"config.json", "generation_config.json", "README.md", "tokenizer.json"} <= text.keys()
     assert {"chat_template.jinja", "processor_config.json"} <= text.keys()
+    assert not {"is_local", "local_files_only"} & json.loads(text["tokenizer_config.json"]).keys()
     assert not [name for name, content in text.items() if str(GOLDEN.parent) in content]
     assert not [name for name, content in text.items() if str(output.parent) in content]
     assert text["README.md"].startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
@@ -478,8 +512,24 @@ def test_tokens_beyond_the_table(tmp_path):
     tokenizer["model"]["vocab"] |= {"w96": 96, "w97": 97}
     (sources.llm / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = sources.convert(None, dry_run=True).plan.config
+    # The placeholders are its last rows: the model hides what was added up to them.
     assert (config.image_token_id, config.object_token_id) == (98, 99)
     assert (config.text_config.vocab_size, config.text_vocab_size) == (100, 96)
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_tokens_beyond_the_table_and_the_placeholders(tmp_path, present):
+    """Their rows would be untrained and could be generated."""
+    sources = Sources().copied("llm", tmp_path)
+    tokenizer = json.loads((sources.llm / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    if present:  # placeholders of its own, with tokens after them
+        vocabulary |= {"<image>": 96, "<object>": 97, "w98": 98}
+    else:  # a hole, which the placeholders fill
+        del vocabulary["w95"]
+        vocabulary["w98"] = 98
+    (sources.llm / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "gives 'w98' the id 98, the language model has only 96 rows" in failure(sources)
 
 
 def test_default_template_is_said(converted, tmp_path):
@@ -493,9 +543,32 @@ def test_language_models_own_template(tmp_path):
     own = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
     (sources.llm / "chat_template.jinja").write_text(own)
     result = sources.convert(tmp_path / "out")
-    assert not result.notes
+    assert result.notes == ["uses the language model's own chat template"]
     assert own in (tmp_path / "out" / "chat_template.jinja").read_text()
     assert own not in sources.convert(None, dry_run=True, template="vicuna").plan.language.chat_template
+
+
+@pytest.mark.parametrize(
+    ("tokens", "family"),
+    [
+        (["<|eot_id|>"], "llama-3"),
+        (["<|end|>"], "phi-3"),
+        (["<|im_end|>"], "chatml"),
+        (["<|eot_id|>", "<|im_end|>"], "chatml"),  # both known; the template decides
+    ],
+)
+def test_own_template_names_the_one_trained_with(tmp_path, tokens, family):
+    sources = Sources().copied("llm", tmp_path)
+    tokenizer = (sources.llm / "tokenizer.json").read_text()
+    for number, token in enumerate(tokens):
+        tokenizer = tokenizer.replace(f'"w{number + 90}"', f'"{token}"')
+    (sources.llm / "tokenizer.json").write_text(tokenizer)
+    (sources.llm / "chat_template.jinja").write_text("{{ messages[0]['content'] }}" + tokens[-1])
+    assert sources.convert(None, dry_run=True).notes == [
+        "uses the language model's own chat template; published MG-LLaVA checkpoints of this family were "
+        f"trained with --template {family}"
+    ]
+    assert not sources.convert(None, dry_run=True, template=family).notes
 
 
 def test_stop_token_of_the_template_ends_generation(tmp_path):

@@ -1,5 +1,7 @@
 """The mapping at published size, on the meta device: no weights, every name and shape of all five models."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -19,6 +21,58 @@ PARAMETERS = {
     "llama-3-8b": 8.6e9,
     "yi-1.5-34b": 35e9,
 }
+
+# Written down from the published files, not from the classes and presets under test: rows of the vocabulary,
+# width, rows of k_proj, width of the MLP, number of layers, width of an attention head. Phi-3 fuses its
+# projections and is spelt out below.
+LLAMA_FILES = {
+    "vicuna-7b": (32000, 4096, 4096, 11008, 32, 128),
+    "vicuna-13b": (32000, 5120, 5120, 13824, 40, 128),
+    "llama-3-8b": (128256, 4096, 1024, 14336, 32, 128),
+    "yi-1.5-34b": (64000, 7168, 1024, 20480, 60, 128),
+}
+PHI_3_FILE = {
+    "model.embed_tokens.weight": (32064, 3072),
+    "model.layers.31.self_attn.qkv_proj.weight": (9216, 3072),
+    "model.layers.31.self_attn.o_proj.weight": (3072, 3072),
+    "model.layers.31.mlp.gate_up_proj.weight": (16384, 3072),
+    "model.layers.31.mlp.down_proj.weight": (3072, 8192),
+    "lm_head.weight": (32064, 3072),
+}
+CLIP_FILE = {
+    "vision_model.embeddings.class_embedding": (1024,),
+    "vision_model.embeddings.patch_embedding.weight": (1024, 3, 14, 14),
+    "vision_model.embeddings.position_embedding.weight": (577, 1024),
+    "vision_model.encoder.layers.23.self_attn.k_proj.weight": (1024, 1024),
+    "vision_model.encoder.layers.23.mlp.fc1.weight": (4096, 1024),
+    "vision_model.encoder.layers.23.mlp.fc2.weight": (1024, 4096),
+}
+CONVNEXT_FILE = {
+    "visual.trunk.stem.0.weight": (192, 3, 4, 4),
+    "visual.trunk.stages.0.blocks.2.conv_dw.weight": (192, 1, 7, 7),
+    "visual.trunk.stages.1.blocks.2.gamma": (384,),
+    "visual.trunk.stages.2.blocks.26.mlp.fc1.weight": (3072, 768),
+    "visual.trunk.stages.3.downsample.1.weight": (1536, 768, 2, 2),
+    "visual.trunk.stages.3.blocks.2.mlp.fc2.weight": (1536, 6144),
+}
+
+
+def llm_file(name):
+    """Some tensors of a published language model, the number of its layers and the width of its heads."""
+    if name == "phi-3-mini":
+        return PHI_3_FILE, 32, 96
+    vocabulary, width, keys, hidden, layers, head = LLAMA_FILES[name]
+    last = f"model.layers.{layers - 1}."
+    shapes = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        f"{last}self_attn.q_proj.weight": (width, width),
+        f"{last}self_attn.k_proj.weight": (keys, width),
+        f"{last}self_attn.v_proj.weight": (keys, width),
+        f"{last}mlp.gate_proj.weight": (hidden, width),
+        f"{last}mlp.down_proj.weight": (width, hidden),
+        "lm_head.weight": (vocabulary, width),
+    }
+    return shapes, layers, head
 
 
 def described(shapes, file):
@@ -87,6 +141,36 @@ def neck_shapes(width):
 def published(request):
     config = MGLlavaConfig.published(request.param)
     return request.param, config, original_shapes(config)
+
+
+def blocks(shapes, pattern):
+    """How many numbered blocks there are, and that they are numbered without a gap."""
+    numbers = {int(found[1]) for key in shapes if (found := re.match(pattern, key))}
+    assert numbers == set(range(len(numbers)))
+    return len(numbers)
+
+
+def test_sizes_are_those_of_the_published_files(published):
+    """The other tests derive the original shapes from the presets; this one holds them against facts."""
+    name, config, (llm, clip, convnext) = published
+    expected, layers, head = llm_file(name)
+    assert {key: tuple(llm.get(key, ())) for key in expected} == expected
+    assert blocks(llm, r"model\.layers\.(\d+)\.") == layers
+    assert config.text_config.hidden_size // config.text_config.num_attention_heads == head
+    assert {key: tuple(clip.get(key, ())) for key in CLIP_FILE} == CLIP_FILE
+    assert blocks(clip, r"vision_model\.encoder\.layers\.(\d+)\.") == 24
+    assert config.vision_config.num_attention_heads == 16
+    assert {key: tuple(convnext.get(key, ())) for key in CONVNEXT_FILE} == CONVNEXT_FILE
+    depths = [blocks(convnext, rf"visual\.trunk\.stages\.{stage}\.blocks\.(\d+)\.") for stage in range(4)]
+    assert depths == [3, 3, 27, 3]
+
+
+def test_placeholders_end_a_table_that_grows(published):
+    """Added rows are untrained; the model hides those up to the last placeholder."""
+    _, config, _ = published
+    rows, own = config.text_config.vocab_size, config.text_vocab_size
+    ids = (config.image_token_id, config.object_token_id)
+    assert ids == (rows - 2, rows - 1) if rows > own else max(ids) < own
 
 
 @pytest.mark.parametrize("stage", [1, 2])
