@@ -2,7 +2,13 @@
 
 from mgllava_kernels.backend import active_backend, use_backend
 from mgllava_kernels.conv_gate import ConvGateFusion, conv_gate_fusion, depthwise_conv_gelu
-from mgllava_kernels.projector import Projector, grouped_mlp_projector, linear_gelu, mlp_projector
+from mgllava_kernels.projector import (
+    Projector,
+    grouped_mlp_projector,
+    linear_gelu,
+    mlp_projector,
+    project_groups,
+)
 from mgllava_kernels.roi_align import pooled_roi_align, roi_align
 
 __all__ = [
@@ -15,6 +21,7 @@ __all__ = [
     "linear_gelu",
     "mlp_projector",
     "pooled_roi_align",
+    "project_groups",
     "roi_align",
     "use_backend",
 ]

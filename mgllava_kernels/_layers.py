@@ -1,19 +1,64 @@
 """When a module may hand its layers' parameters to a fused op."""
 
+from collections.abc import Mapping
+from types import MethodType
+
 from torch import Tensor, nn
 
 
-def are_plain(*layers: nn.Module) -> bool:
-    """Whether each layer does what its weight and bias say.
+def fusion_obstacle(layers: Mapping[str, nn.Module], *inputs: Tensor) -> str | None:
+    """Why `layers` must be called rather than fused, naming each in the way; None if they can be fused.
 
-    Quantised replacements, adapters, offloading hooks and tensor subclasses act inside the layer's own call;
-    a module that finds one composes its layers instead of fusing them.
+    A layer can be fused if it does what its weight and bias say. Quantised replacements, adapters, offloading
+    hooks and tensor subclasses act inside the layer's own call.
+
+    Args:
+        layers: by the names to use in the answer.
+        inputs: what the module was called with.
     """
-    return all(
-        type(layer) in (nn.Linear, nn.Conv2d)
-        and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and type(layer.weight) in (nn.Parameter, Tensor)
-        for layer in layers
+    answers = [(name, _layer_obstacle(layer, inputs)) for name, layer in layers.items()]
+    return "; ".join(f"{name} {answer}" for name, answer in answers if answer is not None) or None
+
+
+def call_obstacle(module: nn.Module, *inputs: Tensor) -> str | None:
+    """Why calling `module` does more than the forward of its class, or None."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
+    if any(hooks):
+        return "is hooked"
+    if "forward" in module.__dict__ and not _is_merely_placed(module, inputs):
+        return "has a forward of its own (patched, offloaded or placed on another device)"
+    return None
+
+
+def _layer_obstacle(layer: nn.Module, inputs: tuple[Tensor, ...]) -> str | None:
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return f"is of type {type(layer).__name__}"
+    for name in ("weight", "bias"):
+        value = getattr(layer, name)
+        if type(value) not in (nn.Parameter, Tensor):
+            return f"has a {name} of type {type(value).__name__}"
+    return call_obstacle(layer, *inputs)
+
+
+def _is_merely_placed(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the forward was replaced by accelerate alone, with a hook that has nothing to move.
+
+    A device map puts an AlignDevicesHook on every module, offloaded or not. If it does not offload, and the
+    inputs and parameters are on one device, it hands both on unchanged.
+    """
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None or type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+        return False
+    # A patch older than accelerate's is the method that accelerate keeps, a newer one hides accelerate's.
+    outermost = getattr(module.__dict__["forward"], "func", None)
+    innermost = module.__dict__.get("_old_forward")
+    if getattr(outermost, "__module__", None) != "accelerate.hooks":
+        return False
+    if not isinstance(innermost, MethodType) or innermost.__func__ is not type(module).forward:
+        return False
+    return all(value.device == parameter.device for value in inputs for parameter in module.parameters())

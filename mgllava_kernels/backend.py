@@ -62,6 +62,9 @@ def use_backend(name: str) -> Iterator[None]:
     and kept for its backward pass. `torch.compile` resolves it when it traces: enter the block around the
     first call of the compiled function.
 
+    A module whose layers have been replaced, hooked or quantised calls them instead of an op, unless the
+    choice is `"triton"`: then, as always when that choice cannot be met, it raises RuntimeError.
+
     Raises:
         ValueError: `name` is none of the four.
     """
@@ -114,6 +117,16 @@ def resolve(op: str | None, tensor: Tensor) -> Backend:
     if tensor.device.type == "cpu":
         return Backend("torch", "the tensor is on the CPU")
     return Backend("triton", f"the tensor is on {tensor.device.type}")
+
+
+def check_composition(why: str) -> None:
+    """Refuse to call a module's layers one after the other where fused kernels were asked for by name.
+
+    `torch` and `reference` are met by a composition, `triton` is not; `why` says what rules out fusing.
+    """
+    choice, source = _requested()
+    if choice == "triton":
+        raise RuntimeError(f"backend 'triton' was chosen by {source}, but {why}")
 
 
 def call(op: str, backend: str, function: str, device: torch.device, *args: Any) -> Any:

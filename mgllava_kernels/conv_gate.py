@@ -1,6 +1,6 @@
 """Conv-Gate fusion and its depthwise half: public functions, custom ops, autograd, module."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from mgllava_kernels import backend, reference
 from mgllava_kernels._autocast import autocast_operands
 from mgllava_kernels._checks import check_alike, check_int, check_tensor
-from mgllava_kernels._layers import are_plain
+from mgllava_kernels._layers import fusion_obstacle
 
 for _name in ("conv_gate_fusion", "depthwise_conv_gelu"):
     backend.register(_name, torch="mgllava_kernels._torch.conv_gate")
 
 VARIANTS = ("gate_sum", "gate_concat", "concat_projected", "concat_raw")
+LAYERS = ("high_res_conv", "high_res_proj", "low_res_conv", "low_res_proj", "gate_in", "gate_out")
+# The order in which the ops take the weights; a variant without a gate takes the first eight.
+WEIGHT_NAMES = tuple(f"{layer}_{leaf}" for layer in LAYERS for leaf in ("weight", "bias"))
 
 
 def conv_gate_fusion(
@@ -82,7 +85,7 @@ def conv_gate_fusion(
     _check_maps(low_res, high_res)
     weights = _check_parameters(parameters, low_res.shape[2], high_res.shape[1], variant)
     low_res, high_res, *weights = autocast_operands(low_res.device, [low_res, high_res, *weights])
-    for name, value in zip(("high_res", *parameters), (high_res, *weights), strict=False):
+    for name, value in zip(("high_res", *WEIGHT_NAMES), (high_res, *weights), strict=False):
         check_alike(name, value, "low_res", low_res)
     path = backend.resolve("conv_gate_fusion", low_res).name
     if variant == "concat_raw":
@@ -133,7 +136,7 @@ class ConvGateFusion(nn.Module):
 
     Layers: `high_res_conv`, `high_res_proj`, `low_res_conv`, `low_res_proj`, and `gate_in`, `gate_out` in the
     gate variants; `concat_raw` has none. If a layer has been replaced, hooked or quantised, the module calls
-    the layers one after the other.
+    the layers one after the other, or raises RuntimeError if the backend `triton` was chosen.
     """
 
     def __init__(self, low_res_dim: int, high_res_dim: int, variant: str = "gate_sum") -> None:
@@ -168,18 +171,21 @@ class ConvGateFusion(nn.Module):
 
         A fresh module passes the low-resolution tokens through unchanged.
         """
-        for name, layer in self.named_children():
+        for name, layer in self._layers().items():
             if name.endswith("_conv"):
                 nn.init.xavier_uniform_(layer.weight)
             elif name.endswith("_proj"):
                 nn.init.zeros_(layer.weight)
             else:
                 layer.reset_parameters()
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(self, low_res: Tensor, high_res: Tensor) -> Tensor:
-        layers = dict(self.named_children())
-        if not are_plain(*layers.values()):
+        layers = self._layers()
+        obstacle = fusion_obstacle(layers, low_res, high_res)
+        if obstacle is not None:
+            backend.check_composition(obstacle)
             _check_maps(low_res, high_res)
             return reference.conv_gate_fusion(
                 low_res,
@@ -192,11 +198,15 @@ class ConvGateFusion(nn.Module):
                 layers.get("gate_out"),
                 self.variant,
             )
-        parameters = {}
+        parameters: dict[str, Tensor | None] = {}
         for name, layer in layers.items():
             parameters[f"{name}_weight"] = layer.weight
             parameters[f"{name}_bias"] = layer.bias
         return conv_gate_fusion(low_res, high_res, **parameters, variant=self.variant)
+
+    def _layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
+        """The layers of this variant by name."""
+        return {name: getattr(self, name) for name in LAYERS if hasattr(self, name)}
 
     def extra_repr(self) -> str:
         return f"{self.low_res_dim}, {self.high_res_dim}, variant={self.variant!r}"
@@ -238,7 +248,8 @@ def _check_parameters(
         "gate_out_bias": (1,),
     }
     weights = []
-    for name, value in parameters.items():
+    for name in WEIGHT_NAMES:
+        value = parameters[name]
         wanted = variant != "concat_raw" and (not name.startswith("gate") or variant.startswith("gate"))
         if wanted != (value is not None):
             raise ValueError(f"{name} must be {'given' if wanted else 'None'} for variant {variant!r}")
@@ -250,18 +261,21 @@ def _check_parameters(
 def _reference_fusion(low_res: Tensor, high_res: Tensor, weights: Sequence[Tensor], variant: str) -> Tensor:
     pairs = list(zip(weights[::2], weights[1::2], strict=True))
     conv, linear = F.conv2d, F.linear
-    layers = [
+    layers: list[reference.Layer] = [
         partial(_with, conv, *pairs[0]),
         partial(_with, conv, *pairs[1]),
         partial(_with, partial(conv, padding=3, groups=low_res.shape[2]), *pairs[2]),
         partial(_with, conv, *pairs[3]),
         *(partial(_with, linear, *pair) for pair in pairs[4:]),
     ]
-    gates = layers[4:] or [None, None]
-    return reference.conv_gate_fusion(low_res, high_res, *layers[:4], *gates, variant)
+    high_conv, high_proj, low_conv, low_proj, *gates = layers
+    gate_in, gate_out = gates if gates else (None, None)
+    return reference.conv_gate_fusion(
+        low_res, high_res, high_conv, high_proj, low_conv, low_proj, gate_in, gate_out, variant
+    )
 
 
-def _with(function, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+def _with(function: Callable[..., Tensor], weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     return function(x, weight, bias)
 
 

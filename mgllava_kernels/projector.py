@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mgllava_kernels import backend, reference
 from mgllava_kernels._autocast import autocast_operands
 from mgllava_kernels._checks import check_alike, check_tensor
-from mgllava_kernels._layers import are_plain
+from mgllava_kernels._layers import call_obstacle, fusion_obstacle
 
 for _name in ("linear_gelu", "mlp_projector", "grouped_mlp_projector"):
     backend.register(_name, torch="mgllava_kernels._torch.projector")
@@ -96,7 +96,8 @@ class Projector(nn.Module):
     """Two linear layers with a GELU between: (..., in_features) to (..., out_features).
 
     Parameters live in `linear_1` (in_features → out_features) and `linear_2` (out_features → out_features).
-    If a layer has been replaced, hooked or quantised, the module calls the layers one after the other.
+    If a layer has been replaced, hooked or quantised, the module calls the layers one after the other, or
+    raises RuntimeError if the backend `triton` was chosen.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -111,12 +112,58 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.linear_1, self.linear_2
-        if not are_plain(first, second):
+        obstacle = fusion_obstacle({"linear_1": first, "linear_2": second}, x)
+        if obstacle is not None:
+            backend.check_composition(obstacle)
             return second(F.gelu(first(x)))
         return mlp_projector(x, first.weight, first.bias, second.weight, second.bias)
 
 
+def project_groups(projectors: Sequence[Projector], xs: Sequence[Tensor]) -> list[Tensor]:
+    """`[projector(x) for projector, x in zip(projectors, xs)]`, in one op where that changes nothing.
+
+    It is one `grouped_mlp_projector` if no projector or layer of one has been replaced, hooked or quantised,
+    and all tokens and parameters share a device and a dtype (that of the autocast region inside one).
+    Otherwise the projectors are called one after the other.
+
+    Args:
+        projectors: modules, each with its own widths.
+        xs: for each a token set (..., in_features), of any number of tokens.
+
+    Returns:
+        A list of (..., out_features), as the projectors return.
+
+    Raises:
+        ValueError: not one token set per projector. TypeError, ValueError, RuntimeError: as `Projector`.
+    """
+    if len(projectors) != len(xs):
+        raise ValueError(f"xs must hold one tensor per projector, {len(projectors)}, got {len(xs)}")
+    groups = _one_op(projectors, xs)
+    if groups is None:
+        return [projector(x) for projector, x in zip(projectors, xs, strict=True)]
+    token_sets, w1s, b1s, w2s, b2s = (list(values) for values in zip(*groups, strict=True))
+    return grouped_mlp_projector(token_sets, w1s, b1s, w2s, b2s)
+
+
 Group = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _one_op(projectors: Sequence[Projector], xs: Sequence[Tensor]) -> list[Group] | None:
+    """The operands of all projectors in the compute dtype, or None if they must be called one by one."""
+    groups: list[Group] = []
+    for projector, x in zip(projectors, xs, strict=True):
+        if type(projector) is not Projector or not isinstance(x, Tensor):
+            return None
+        first, second = projector.linear_1, projector.linear_2
+        layers = {"linear_1": first, "linear_2": second}
+        if call_obstacle(projector, x) is not None or fusion_obstacle(layers, x) is not None:
+            return None
+        parameters = [first.weight, first.bias, second.weight, second.bias]
+        x, w1, b1, w2, b2 = autocast_operands(x.device, [x, *parameters])
+        groups.append((x, w1, b1, w2, b2))
+    operands = [value for group in groups for value in group]
+    alike = all(value.dtype == operands[0].dtype and value.device == operands[0].device for value in operands)
+    return groups if groups and alike else None
 
 
 def _check_layer(x_name: str, x: Tensor, w_name: str, weight: Tensor, b_name: str, bias: Tensor) -> None:

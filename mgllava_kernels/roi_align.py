@@ -28,7 +28,9 @@ def roi_align(
         input: feature map (B, C, H, W), floating.
         boxes: (K, 5) rows (image index, x1, y1, x2, y2), or B tensors (L, 4) of xyxy, one per image; any
             floating dtype. Coordinates are those of the picture; `spatial_scale` takes them to the map. Boxes
-            may be inverted, of no size, or outside the map.
+            may be inverted, of no size, or outside the map. In a function compiled by `torch.compile` use
+            (K, 5): of a list every tensor is specialised on 0, 1 and many boxes, so lists whose lengths vary
+            exceed torch's recompile limit and then run uncompiled, or fail with `fullgraph=True`.
         output_size: bins (height, width), or one int for both.
         spatial_scale: map size / picture size.
         sampling_ratio: samples per bin and axis; 0 or less: ceil(box length / bins), as many as the bin is
@@ -77,7 +79,8 @@ def pooled_roi_align(
     Args:
         features: levels (B, C_l, H_l, W_l), the finest first; one floating dtype and device.
         boxes: as for `roi_align`: (K, 5) or B tensors (L, 4), xyxy. In a function compiled by `torch.compile`
-            prefer (K, 5): every tensor of a list adds the graphs for its own 0, 1 and many boxes.
+            use (K, 5): of a list every tensor is specialised on 0, 1 and many boxes, so lists whose lengths
+            vary exceed torch's recompile limit and then run uncompiled, or fail with `fullgraph=True`.
         spatial_scale: size of `features[0]` / picture size.
         output_size, sampling_ratio, aligned: as for `roi_align`; they decide where samples lie.
 

@@ -14,21 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgllava_kernels._torch.projector import gelu_backward
-
-WEIGHT_NAMES = (
-    "high_res_conv_weight",
-    "high_res_conv_bias",
-    "high_res_proj_weight",
-    "high_res_proj_bias",
-    "low_res_conv_weight",
-    "low_res_conv_bias",
-    "low_res_proj_weight",
-    "low_res_proj_bias",
-    "gate_in_weight",
-    "gate_in_bias",
-    "gate_out_weight",
-    "gate_out_bias",
-)
+from mgllava_kernels.conv_gate import WEIGHT_NAMES
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -67,8 +53,11 @@ def _depthwise_backward(
         list(needed),
     )
     # The operator also returns gradients that its mask excludes.
-    grads = (_as_tokens(grad_map) if needed[0] else None, grad_weight, grad_bias)
-    return tuple(value if need else None for value, need in zip(grads, needed, strict=True))
+    return (
+        _as_tokens(grad_map) if needed[0] else None,
+        grad_weight if needed[1] else None,
+        grad_bias if needed[2] else None,
+    )
 
 
 def depthwise_conv_gelu(
@@ -134,9 +123,9 @@ def conv_gate_fusion(
     column_means = low_res.new_empty(0)
     if variant != "concat_projected":
         dtype = _accumulation_dtype(low_res)
-        means = [value.mean(dim=1, dtype=dtype) for value in (low_res, f, s)]
-        gate = _gate_head(*means, named).gate
-        column_means = torch.cat(means, dim=1)
+        mean_low, mean_f, mean_s = (value.mean(dim=1, dtype=dtype) for value in (low_res, f, s))
+        gate = _gate_head(mean_low, mean_f, mean_s, named).gate
+        column_means = torch.cat([mean_low, mean_f, mean_s], dim=1)
         s = (s * gate.unsqueeze(1)).to(s.dtype)
         high_bias = (high_bias * gate).to(s.dtype)
 
@@ -152,7 +141,7 @@ def conv_gate_fusion(
         low_half.addmm_(flat_f, low_weight.T)
         high_half.addmm_(flat_s, high_weight.T)
     if not save:
-        return fused, *(low_res.new_empty(0) for _ in range(3))
+        return fused, low_res.new_empty(0), low_res.new_empty(0), low_res.new_empty(0)
     return fused, low_pre.contiguous(), high_pre, column_means
 
 

@@ -5,6 +5,9 @@ linear. So every output is Σ_y Σ_x w_y[y] · w_x[x] · F[y, x], where an axis 
 samples of the axis, of the hat of each row. The averages come in closed form from how many samples fall
 between two rows, whatever their number, so neither table size nor run time depends on the values of the boxes
 and nothing is read back from a GPU.
+
+The price off the CPU: which boxes belong to which picture is not read back either, so every picture
+multiplies the boxes of the whole batch under a mask, B times the arithmetic for B pictures.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,6 @@
 """Conv-Gate fusion: golden values, all variants, every gradient, initialisation, registration, bad input."""
 
+import inspect
 from importlib import import_module
 
 import naive
@@ -39,7 +40,7 @@ def parameters_of(module):
 
 
 def ordered_parameters(module):
-    names = import_module("mgllava_kernels._torch.conv_gate").WEIGHT_NAMES
+    names = import_module("mgllava_kernels.conv_gate").WEIGHT_NAMES
     by_name = parameters_of(module)
     return [by_name[name] for name in names if name in by_name]
 
@@ -275,10 +276,11 @@ def test_opcheck(dtype, variant, requires_grad):
 
 @pytest.mark.parametrize("variant", LAYERED)
 @pytest.mark.parametrize("every", [1, 2])
-def test_opcheck_backward(variant, every):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_backward(dtype, variant, every):
     module = import_module("mgllava_kernels.conv_gate")
-    weights = [value.detach() for value in ordered_parameters(fusion(variant))]
-    low_res, high_res = (value.detach() for value in inputs())
+    weights = [value.detach() for value in ordered_parameters(fusion(variant, dtype=dtype))]
+    low_res, high_res = (value.detach() for value in inputs(dtype=dtype))
     fused, *saved = module._conv_gate_fusion(low_res, high_res, weights, variant, True, "torch")
     needed = [index % every == 0 for index in range(2 + len(weights))]
     grad = torch.randn_like(fused)
@@ -303,6 +305,23 @@ def test_four_graphs_for_any_sequence_of_batch_sizes(variant):
         gradients = torch.autograd.grad(output.sum(), [low_res, high_res])
         torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), [low_res, high_res]))
     assert counter.frame_count <= 4
+
+
+def test_weights_are_named_once_and_as_the_parameters_of_the_op():
+    names = import_module("mgllava_kernels.conv_gate").WEIGHT_NAMES
+    keywords = list(inspect.signature(conv_gate_fusion).parameters)
+    assert keywords == ["low_res", "high_res", *names, "variant"]
+    assert list(parameters_of(ConvGateFusion(4, 6))) == list(names)
+    assert import_module("mgllava_kernels._torch.conv_gate").WEIGHT_NAMES is names
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_weights_may_come_in_any_order(path):
+    module, (low_res, high_res) = fusion(), inputs()
+    reordered = dict(reversed(parameters_of(module).items()))
+    with use_backend(path):
+        output = conv_gate_fusion(low_res, high_res, **reordered)
+        torch.testing.assert_close(output, module(low_res, high_res))
 
 
 def test_parameter_names_and_shapes():

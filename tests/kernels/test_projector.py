@@ -12,7 +12,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from mgllava_kernels import Projector, grouped_mlp_projector, linear_gelu, mlp_projector, use_backend
+from mgllava_kernels import (
+    Projector,
+    backend,
+    grouped_mlp_projector,
+    linear_gelu,
+    mlp_projector,
+    project_groups,
+    use_backend,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -184,11 +192,12 @@ def test_opcheck(dtype, shape, requires_grad):
         opcheck(module._grouped_mlp_projector, (*columns(groups), requires_grad, "torch"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("needed", [[True] * 5, [False, True, False, True, False]])
-def test_opcheck_backward(needed):
+def test_opcheck_backward(needed, dtype):
     module = import_module("mgllava_kernels.projector")
-    x, w1, _, w2, _ = group(2, 3)
-    hidden, grad = torch.randn(2, 3, 6), torch.randn(2, 3, 4)
+    x, w1, _, w2, _ = group(2, 3, dtype=dtype)
+    hidden, grad = torch.randn(2, 3, 6, dtype=dtype), torch.randn(2, 3, 4, dtype=dtype)
     opcheck(module._grouped_mlp_projector_backward, ([grad], [x], [w1], [w2], [hidden], needed, "torch"))
     opcheck(module._linear_gelu_backward, (hidden, x, w1, hidden.clone(), needed[:3], "torch"))
 
@@ -251,6 +260,120 @@ def test_replaced_and_hooked_layers_are_obeyed():
     projector.linear_2 = replacement
     torch.testing.assert_close(projector(x), replacement(F.gelu(projector.linear_1(x))))
     assert plain.any()
+
+
+@pytest.fixture
+def grouped_calls(monkeypatch):
+    """The number of token sets of each projector op that runs."""
+    calls = []
+    run = backend.call
+
+    def spy(op, path, function, device, *arguments):
+        if function == "grouped_mlp_projector":
+            calls.append(len(arguments[0]))
+        return run(op, path, function, device, *arguments)
+
+    monkeypatch.setattr(backend, "call", spy)
+    return calls
+
+
+def projectors():
+    return [Projector(5, 4), Projector(7, 4)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("objects", [0, 1, 6])
+def test_project_groups_is_every_projector_in_one_op(path, objects, grouped_calls):
+    modules, xs = projectors(), [torch.randn(2, 3, 5), torch.randn(objects, 7)]
+    expected = [module.linear_2(F.gelu(module.linear_1(x))) for module, x in zip(modules, xs, strict=True)]
+    parameters = [value for module in modules for value in module.parameters()]
+    with use_backend(path):
+        outputs = project_groups(modules, xs)
+    assert grouped_calls == ([2] if path == "torch" else [])
+    torch.testing.assert_close(outputs, expected)
+    gradients = torch.autograd.grad(sum(output.square().sum() for output in outputs), parameters)
+    wanted = torch.autograd.grad(sum(output.square().sum() for output in expected), parameters)
+    torch.testing.assert_close(gradients, wanted)
+
+
+def test_project_groups_under_autocast(grouped_calls):
+    modules, xs = projectors(), [torch.randn(3, 5), torch.randn(0, 7).bfloat16()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = project_groups(modules, xs)
+        expected = [module(x) for module, x in zip(modules, xs, strict=True)]
+    assert grouped_calls == [2, 1, 1]
+    assert [output.dtype for output in outputs] == [torch.bfloat16] * 2
+    assert all(torch.equal(output, want) for output, want in zip(outputs, expected, strict=True))
+    sum(output.float().sum() for output in outputs).backward()
+    assert all(value.grad.dtype == torch.float32 for module in modules for value in module.parameters())
+
+
+def hook_module(modules):
+    modules[1].register_forward_hook(lambda module, arguments, output: output + 1)
+
+
+def hook_layer(modules):
+    modules[0].linear_1.register_forward_pre_hook(lambda module, arguments: (2 * arguments[0],))
+
+
+def patch_forward(modules):
+    modules[0].forward = lambda x: torch.ones(len(x), 4)
+
+
+def replace_projector(modules):
+    modules[1] = nn.Linear(7, 4)
+
+
+def replace_layer(modules):
+    modules[1].linear_1 = nn.Linear(7, 4, bias=False)
+
+
+def other_dtype(modules):
+    modules[0].double()
+
+
+@pytest.mark.parametrize(
+    ("change", "ops"),
+    [
+        (hook_module, [1, 1]),
+        (hook_layer, [1]),
+        (patch_forward, [1]),
+        (replace_projector, [1]),
+        (replace_layer, [1]),
+        (other_dtype, [1, 1]),
+    ],
+)
+def test_project_groups_calls_the_modules_where_something_else_acts(change, ops, grouped_calls):
+    modules = projectors()
+    change(modules)
+    dtype = torch.float64 if change is other_dtype else torch.float32
+    xs = [torch.randn(3, 5, dtype=dtype), torch.randn(2, 7)]
+    outputs = project_groups(modules, xs)
+    assert grouped_calls == ops
+    expected = [module(x) for module, x in zip(modules, xs, strict=True)]
+    assert all(torch.equal(output, want) for output, want in zip(outputs, expected, strict=True))
+
+
+def test_project_groups_compiles_without_graph_breaks():
+    counter = CompileCounterWithBackend("aot_eager")
+    modules = projectors()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda xs: project_groups(modules, xs), fullgraph=True, backend=counter)
+    for count in (4, 9, 1, 0, 2, 100, 0, 1):
+        xs = [torch.ones(3, 5), torch.randn(count, 7)]
+        torch.testing.assert_close(compiled(xs), project_groups(modules, xs))
+    assert counter.frame_count <= 4
+
+
+def test_project_groups_with_bad_arguments():
+    modules = projectors()
+    assert project_groups([], []) == []
+    with pytest.raises(ValueError, match="xs must hold one tensor per projector, 2, got 1"):
+        project_groups(modules, [torch.ones(3, 5)])
+    with pytest.raises(ValueError, match=r"xs\[1\] must have shape \(..., 7\), got \(3, 5\)"):
+        project_groups(modules, [torch.ones(3, 5), torch.ones(3, 5)])
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        project_groups(modules, [torch.ones(3, 5), [1.0]])
 
 
 X, W1, B1, W2, B2 = group(3)

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from kernel_cases import PATHS, as_accurate, random_boxes, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
@@ -258,6 +259,25 @@ def test_opcheck(dtype, count, requires_grad):
     opcheck(ops()._roi_align, (input, boxes, *arguments))
     grad = torch.randn(count, 3, 2, 3, dtype=dtype)
     opcheck(ops()._roi_align_backward, (grad, boxes, list(input.shape), *arguments))
+
+
+def test_four_graphs_for_any_sequence_of_box_counts():
+    counter = CompileCounterWithBackend("aot_eager")
+    input = torch.randn(2, 3, 6, 5, requires_grad=True)
+
+    def align(boxes):
+        return roi_align(input, boxes, (2, 3), 0.5)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(align, fullgraph=True, backend=counter)
+    for step, count in enumerate((3, 100, 1, 0, 7, 3000, 1, 0, 2)):
+        boxes = random_boxes(count, 12, images=2, seed=step)
+        output, expected = compiled(boxes), align(boxes)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(output.sum(), input), torch.autograd.grad(expected.sum(), input)
+        )
+    assert counter.frame_count <= 4
 
 
 IMAGE, BOXES = torch.zeros(2, 3, 8, 8), torch.zeros(1, 5)

@@ -1,0 +1,164 @@
+"""What keeps a module's layers from being fused, and what does not."""
+
+import functools
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
+from torch import nn
+
+from mgllava_kernels import ConvGateFusion, Projector, backend, project_groups, use_backend
+from mgllava_kernels._layers import call_obstacle, fusion_obstacle
+
+X = torch.ones(2, 5)
+
+
+@pytest.fixture
+def ops(monkeypatch):
+    """The ops that run."""
+    called = []
+    run = backend.call
+
+    def spy(op, path, function, *arguments):
+        called.append(function)
+        return run(op, path, function, *arguments)
+
+    monkeypatch.setattr(backend, "call", spy)
+    return called
+
+
+def placed(module, **options):
+    """`module` with the hook that a device map puts on it and on each of its layers."""
+    for part in module.modules():
+        add_hook_to_module(part, AlignDevicesHook(execution_device="cpu", **options))
+    return module
+
+
+def test_a_device_map_without_offloading_is_fused(ops):
+    projector = Projector(5, 4)
+    expected = projector(X)
+    placed(projector)
+    assert "forward" in projector.linear_1.__dict__
+    torch.testing.assert_close(projector(X), expected)
+    torch.testing.assert_close(project_groups([projector, projector], [X, X]), [expected, expected])
+    assert ops == ["grouped_mlp_projector"] * 3
+    fusion = placed(ConvGateFusion(4, 6))
+    fusion(torch.ones(1, 6, 4), torch.ones(1, 6, 2, 3))
+    assert ops[3:] == ["conv_gate_fusion"]
+
+
+def test_an_offloaded_layer_is_called(ops):
+    projector = Projector(5, 4)
+    expected = projector(X)
+    for layer in projector.children():
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", offload=True))
+    assert projector.linear_1.weight.is_meta
+    torch.testing.assert_close(projector(X), expected)
+    torch.testing.assert_close(project_groups([projector, projector], [X, X]), [expected, expected])
+    assert ops == ["grouped_mlp_projector"]
+
+
+def test_layers_on_another_device_than_the_input_are_called():
+    layer = nn.Linear(5, 4)
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="meta"))
+    assert "placed on another device" in fusion_obstacle({"layer": layer}, X)
+    assert fusion_obstacle({"layer": layer}, X.to("meta")) is None
+    assert "placed on another device" in fusion_obstacle({"layer": layer}, X.to("meta"), X)
+
+
+def test_a_compiled_device_map_without_offloading_has_no_graph_breaks():
+    projector = Projector(5, 4)
+    for layer in projector.children():
+        placed(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: projector(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), projector(X))
+
+
+def double(forward):
+    @functools.wraps(forward)
+    def doubled(x):
+        return 2 * forward(x)
+
+    return doubled
+
+
+def test_only_accelerate_s_own_wrapper_is_seen_through():
+    hook = AlignDevicesHook(execution_device="cpu")
+    patched_before, patched_after, sequence, other, subclass = (nn.Linear(5, 4) for _ in range(5))
+    patched_before.forward = double(patched_before.forward)
+    add_hook_to_module(patched_before, hook)
+    add_hook_to_module(patched_after, hook)
+    patched_after.forward = double(patched_after.forward)
+    add_hook_to_module(sequence, SequentialHook(hook, ModelHook()))
+    add_hook_to_module(other, ModelHook())
+    add_hook_to_module(subclass, type("Scaling", (AlignDevicesHook,), {})(execution_device="cpu"))
+    for layer in (patched_before, patched_after, sequence, other, subclass):
+        assert "forward of its own" in call_obstacle(layer, X)
+
+
+@pytest.mark.parametrize(
+    ("register", "hook"),
+    [
+        ("register_forward_hook", lambda *_: None),
+        ("register_forward_pre_hook", lambda *_: None),
+        ("register_full_backward_hook", lambda *_: None),
+        ("register_full_backward_pre_hook", lambda *_: None),
+    ],
+)
+def test_every_kind_of_hook_counts(register, hook):
+    layer = nn.Linear(5, 4)
+    assert fusion_obstacle({"layer": layer}, X) is None
+    getattr(layer, register)(hook)
+    assert fusion_obstacle({"layer": layer}, X) == "layer is hooked"
+
+
+def test_the_answer_names_every_layer():
+    layers = {
+        "plain": nn.Linear(5, 4),
+        "replaced": nn.Identity(),
+        "unbiased": nn.Linear(5, 4, bias=False),
+        "quantised": nn.Linear(5, 4),
+    }
+    layers["quantised"].weight = type("Quantised", (nn.Parameter,), {})(torch.ones(4, 5))
+    assert fusion_obstacle(layers, X) == (
+        "replaced is of type Identity; unbiased has a bias of type NoneType; quantised has a weight of type Quantised"
+    )
+
+
+def hooked_projector():
+    projector = Projector(5, 4)
+    projector.linear_2.register_forward_hook(lambda *_: None)
+    return projector, (X,), "linear_2 is hooked"
+
+
+def replaced_projector():
+    projector = Projector(5, 4)
+    projector.linear_1 = nn.Sequential(nn.Linear(5, 4))
+    return projector, (X,), "linear_1 is of type Sequential"
+
+
+def offloaded_fusion():
+    fusion = ConvGateFusion(4, 6)
+    add_hook_to_module(fusion.gate_in, AlignDevicesHook(execution_device="cpu", offload=True))
+    return fusion, (torch.ones(1, 6, 4), torch.ones(1, 6, 2, 3)), "gate_in has a forward of its own"
+
+
+@pytest.mark.parametrize("make", [hooked_projector, replaced_projector, offloaded_fusion])
+def test_a_composition_refuses_an_explicit_triton(make, monkeypatch):
+    module, arguments, message = make()
+    expected = module(*arguments)
+    for name in ("auto", "torch", "reference"):
+        with use_backend(name):
+            assert torch.equal(module(*arguments), expected)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=f"'triton' .* use_backend, but {message}"):
+        module(*arguments)
+    monkeypatch.setenv("MGLLAVA_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match=f"'triton' .* MGLLAVA_KERNELS, but {message}"):
+        module(*arguments)
+
+
+def test_project_groups_refuses_an_explicit_triton():
+    projector, (x,), message = hooked_projector()
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        project_groups([projector, projector], [x, x])
