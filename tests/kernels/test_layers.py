@@ -1,6 +1,7 @@
 """What keeps a module's layers from being fused, and what does not."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -66,6 +67,13 @@ def test_layers_on_another_device_than_the_input_are_called():
     assert "placed on another device" in fusion_obstacle({"layer": layer}, X.to("meta"), X)
 
 
+def test_an_offloaded_layer_is_never_fused_on_any_device():
+    layer = nn.Linear(5, 4)
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", offload=True))
+    for device in ("cpu", "meta"):
+        assert "offloaded" in fusion_obstacle({"layer": layer}, X.to(device))
+
+
 def test_a_compiled_device_map_without_offloading_has_no_graph_breaks():
     projector = Projector(5, 4)
     for layer in projector.children():
@@ -85,7 +93,10 @@ def double(forward):
 
 def test_only_accelerate_s_own_wrapper_is_seen_through():
     hook = AlignDevicesHook(execution_device="cpu")
-    patched_before, patched_after, sequence, other, subclass = (nn.Linear(5, 4) for _ in range(5))
+    layers = [nn.Linear(5, 4) for _ in range(6)]
+    patched_before, method_before, patched_after, sequence, other, subclass = layers
+    method_before.forward = types.MethodType(lambda layer, x: 2 * x, method_before)
+    add_hook_to_module(method_before, hook)
     patched_before.forward = double(patched_before.forward)
     add_hook_to_module(patched_before, hook)
     add_hook_to_module(patched_after, hook)
@@ -93,7 +104,7 @@ def test_only_accelerate_s_own_wrapper_is_seen_through():
     add_hook_to_module(sequence, SequentialHook(hook, ModelHook()))
     add_hook_to_module(other, ModelHook())
     add_hook_to_module(subclass, type("Scaling", (AlignDevicesHook,), {})(execution_device="cpu"))
-    for layer in (patched_before, patched_after, sequence, other, subclass):
+    for layer in layers:
         assert "forward of its own" in call_obstacle(layer, X)
 
 
