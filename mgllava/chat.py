@@ -17,6 +17,13 @@ from .configuration_mgllava import MGLlavaConfig
 from .modeling_mgllava import PICTURE_INPUTS, MGLlavaForConditionalGeneration
 from .processing_mgllava import MGLlavaProcessor
 
+# What `save_pretrained` of model and processor writes beside the weights.
+DESCRIPTIONS = (
+    "processor_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -67,9 +74,14 @@ def check_model_folder(path: str) -> None:
         raise ValueError(f"{config} is not a JSON object: {error}") from error
     if model_type != MGLlavaConfig.model_type:
         raise ValueError(f"{path} holds a {model_type!r} model; expected {MGLlavaConfig.model_type!r}")
+    if missing := [name for name in DESCRIPTIONS if not (folder / name).is_file()]:
+        raise ValueError(f"{path} is incomplete; missing {', '.join(missing)}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = json.loads(index.read_text()).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map")
+        shards = sorted(set(weight_map.values()))
     else:
         shards = ["model.safetensors"]
     if missing := [name for name in shards if not (folder / name).is_file()]:
@@ -94,7 +106,7 @@ def check_device(device: str) -> torch.device:
     """The named torch device; ValueError if there is none such here."""
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
+        torch.ones(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return found
@@ -132,6 +144,7 @@ class ChatSession:
         self.generation = generation
         self.history: list[dict[str, Any]] = []
         self._encoded: dict[str, Any] | None = None
+        self._placeholders = (processor.image_token, processor.object_token)
 
     def reset(self) -> None:
         """Forget the conversation; the pictures stay."""
@@ -145,8 +158,12 @@ class ChatSession:
             streamer: receives the answer's tokens as they come, for example `stdout_streamer(processor)`.
 
         Raises:
-            ValueError: if the conversation and its answer would not fit the model's context.
+            ValueError: if the conversation and its answer would not fit the model's context, or the question holds
+                a placeholder. The conversation stays as it was.
         """
+        for token in self._placeholders:
+            if token in question:
+                raise ValueError(f"{token} cannot be part of a question: it stands for what the model sees")
         content: list[dict[str, Any]] = []
         if not self.history:
             for image, found in zip(self.images, self.detections, strict=True):
@@ -168,7 +185,10 @@ class ChatSession:
         answer = self.processor.tokenizer.decode(
             output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         ).strip()
-        self.history = [*turns, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        remembered = answer
+        for token in self._placeholders:  # spelt out by the model, they would be taken for pictures next turn
+            remembered = remembered.replace(token, token.replace("<", "< "))
+        self.history = [*turns, {"role": "assistant", "content": [{"type": "text", "text": remembered}]}]
         return answer
 
     def _check_length(self, prompt_tokens: int) -> None:

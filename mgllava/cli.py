@@ -1,11 +1,14 @@
 """The command line: `mgllava demo | chat | convert | doctor`."""
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 
 app = typer.Typer(
@@ -17,6 +20,11 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 
+def show_error(error: Exception) -> None:
+    console.print("[bold red]error:[/]", end=" ")
+    console.print(str(error), markup=False, highlight=False)
+
+
 def friendly_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Bad input ends a command with one line that says what was expected, not with a traceback."""
 
@@ -24,9 +32,11 @@ def friendly_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
-            console.print("[bold red]error:[/]", end=" ")
-            console.print(str(error), markup=False, highlight=False)
+        except BrokenPipeError:
+            # The reader has what it wanted, as `head` does; Python would complain once more when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+            show_error(error)
             raise typer.Exit(1) from error
 
     return wrapped
@@ -75,7 +85,9 @@ def chat(
         raise ValueError(f"{len(images)} pictures came with {len(boxes)} boxes files; expected one for each")
     # Everything that can be wrong with the input shows before the weights load.
     pictures = [load_picture(name) for name in images]
-    detections = [load_detections(path, image=name) for path, name in zip(boxes or [], images, strict=False)]
+    detections = (
+        [load_detections(path, image=name) for path, name in zip(boxes, images, strict=True)] if boxes else []
+    )
     if images and not boxes:
         console.print("no --boxes: the picture is read without objects", style="dim")
     loaded, processor = load_model(model, dtype, device)
@@ -102,6 +114,8 @@ def chat(
                 session.ask(question, streamer)
             except KeyboardInterrupt:
                 print()
+            except ValueError as error:  # a turn that cannot be asked leaves the conversation as it was
+                show_error(error)
 
 
 @app.command()

@@ -87,7 +87,7 @@ class MGLlavaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.text_config is None:
             self.text_config = VICUNA_7B.text_config()
-            self.text_vocab_size = VICUNA_7B.text_vocab_size
+            self.text_vocab_size = self.text_vocab_size or VICUNA_7B.text_vocab_size
         self.vision_config = _sub_config(self.vision_config or PUBLISHED_CLIP, "clip_vision_model")
         self.high_res_config = _sub_config(self.high_res_config or {}, MGLlavaHighResConfig.model_type)
         self.text_config = _sub_config(self.text_config, "llama")
@@ -119,6 +119,16 @@ class MGLlavaConfig(PreTrainedConfig):
             )
         if not 0 < self.text_vocab_size <= rows:
             raise ValueError(f"text_vocab_size is {self.text_vocab_size}; expected 1 to {rows}")
+
+    def validate_vision_flow(self) -> None:
+        if self.roi_output_size < 1:
+            raise ValueError(f"roi_output_size is {self.roi_output_size}; expected at least 1")
+        layers = self.vision_config.num_hidden_layers
+        if not -layers - 1 <= self.vision_feature_layer <= layers:
+            raise ValueError(
+                f"vision_feature_layer is {self.vision_feature_layer}; the ViT has hidden states "
+                f"{-layers - 1} to {layers}"
+            )
 
     @property
     def grid_size(self) -> int:
@@ -168,7 +178,8 @@ def _sub_config(value: dict | PreTrainedConfig, default_type: str) -> PreTrained
     if isinstance(value, PreTrainedConfig):
         return value
     model_type = value.get("model_type", default_type)
-    config_class = (
-        MGLlavaHighResConfig if model_type == MGLlavaHighResConfig.model_type else CONFIG_MAPPING[model_type]
-    )
-    return config_class(**value)
+    if model_type == MGLlavaHighResConfig.model_type:
+        return MGLlavaHighResConfig(**value)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {model_type!r}; transformers knows no such model")
+    return CONFIG_MAPPING[model_type](**value)

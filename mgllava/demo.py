@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils import logging
 
-from .chat import ChatSession, load_model, stdout_streamer
+from .chat import ChatSession, check_backend, load_model, stdout_streamer
 from .conversion import convert_checkpoint
 
 # The miniature checkpoint that the tests hold against the original implementation's values.
@@ -25,6 +25,7 @@ def run_demo(console: Console) -> str:
         The answer.
     """
     logging.disable_progress_bar()
+    check_backend("cpu")
     detections = json.loads((FILES / "detections.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / "miniature"

@@ -287,6 +287,12 @@ def _upright(image: Image.Image) -> Image.Image:
             f"it has {image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({limit}); "
             "raise that limit if the picture is genuine"
         )
+    # Padded to a square, a strip of a pixel's width can cost gigabytes; PIL itself refuses twice its limit.
+    if limit is not None and max(image.size) ** 2 > 2 * limit:
+        raise ValueError(
+            f"it is {image.width}x{image.height} pixels, and the square that holds it has more than twice "
+            f"PIL.Image.MAX_IMAGE_PIXELS ({limit}); crop it, or raise that limit"
+        )
     return ImageOps.exif_transpose(image)
 
 

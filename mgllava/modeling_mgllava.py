@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align
+from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align, project_groups
 
 from .configuration_mgllava import MGLlavaConfig
 from .high_res_tower import MGLlavaHighResTower
+from .language_model_head import language_model_head, scale_logits
 from .quantization import spare_vision
 
 IGNORE_INDEX = -100
@@ -144,6 +145,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         Returns:
             (images, K_max, ΣC_l).
         """
+        # A device map may have put the tower on another GPU than the inputs.
+        boxes = boxes.to(stages[0].device)
         images, max_boxes, _ = boxes.shape
         if num_boxes is not None:
             row = torch.arange(max_boxes, device=boxes.device)
@@ -195,7 +198,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             tokens = self.image_projector(fused)
         else:
             objects = self.pool_objects(stages, boxes, num_boxes)
-            tokens = torch.cat([self.image_projector(fused), self.object_projector(objects)], dim=1)
+            image_tokens, object_tokens = project_groups(
+                [self.image_projector, self.object_projector], [fused, objects]
+            )
+            tokens = torch.cat([image_tokens, object_tokens.to(image_tokens.device)], dim=1)
         return MGLlavaImageFeatures(pooler_output=list(tokens), num_objects=num_boxes)
 
     def _check_picture_inputs(
@@ -208,6 +214,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         if pixel_values_high_res is None:
             raise ValueError("pixel_values came without pixel_values_high_res; the processor returns both")
         images = pixel_values.shape[0]
+        if images == 0:
+            raise ValueError("pixel_values holds no pictures; leave the picture inputs out for text alone")
         for name, value, size in (
             ("pixel_values", pixel_values, self.config.vision_config.image_size),
             ("pixel_values_high_res", pixel_values_high_res, self.config.high_res_config.image_size),
@@ -262,11 +270,15 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         )
         return merged, tokens
 
-    def _check_no_placeholders(self, input_ids: Tensor, past_key_values: Cache | None) -> None:
+    def _check_no_placeholders(
+        self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+    ) -> None:
+        if attention_mask is None:
+            first_pass = past_key_values is None
+        else:
+            first_pass = isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape
         # Later passes may see placeholders as text: prompt-lookup decoding proposes pieces of the prompt.
-        if input_ids.shape[1] == 1 or _is_captured(input_ids):
-            return
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if not first_pass or _is_captured(input_ids):
             return
         placeholders = (input_ids == self.config.image_token_id) | (input_ids == self.config.object_token_id)
         if count := placeholders.sum().item():
@@ -333,7 +345,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         if features is not None:
             inputs_embeds, tokens = self.merge_image_features(input_ids, inputs_embeds, features)
         elif input_ids is not None:
-            self._check_no_placeholders(input_ids, past_key_values)
+            self._check_no_placeholders(input_ids, attention_mask, past_key_values)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -354,8 +366,12 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
 class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
     """MG-LLaVA with its language-model head.
 
-    The two placeholder ids, and every row that was added to the vocabulary for them, have the lowest logit
-    there is: they are never generated and weigh nothing in the loss.
+    The two placeholder ids, and every row that the conversion added to the vocabulary, have the lowest logit there
+    is: they are never generated and weigh nothing in the loss. Rows that `resize_token_embeddings` adds later are
+    ordinary ones.
+
+    Raises:
+        ValueError: if the language model changes its logits in a way that is not known (see `scale_logits`).
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012 - transformers reads a class attribute
@@ -477,18 +493,32 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         lowest = torch.finfo(logits.dtype).min
         logits[..., self.config.image_token_id] = lowest
         logits[..., self.config.object_token_id] = lowest
-        logits[..., self.config.text_vocab_size :] = lowest
+        last = max(self.config.image_token_id, self.config.object_token_id)
+        logits[..., self.config.text_vocab_size : last + 1] = lowest
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         # Cached decode steps hold the pictures in their keys and values; without a cache every step needs the
         # features again, but never the towers.
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        if not is_first_iteration and kwargs.get("use_cache", True) and not _is_empty(past_key_values):
             for name in (*PICTURE_INPUTS, "mm_encoder_outputs"):
                 kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
 
     def _expand_inputs_for_generation(
@@ -536,24 +566,19 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         )
 
 
+def _is_empty(cache: Cache | None) -> bool:
+    """Whether a pass with this cache is the first over its prompt; an assistant model's is not flagged as such."""
+    if cache is None:
+        return True
+    # Static caches are never handed to assistants, and count their tokens on the device.
+    if getattr(cache, "is_compileable", False):
+        return False
+    try:
+        return cache.get_seq_length() == 0
+    except ValueError:  # state-space models keep no count
+        return False
+
+
 def _is_captured(tensor: Tensor) -> bool:
     """Whether values cannot be read now: inside torch.compile or a CUDA-graph capture."""
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def language_model_head(text_config: Any) -> nn.Linear:
-    """An output layer of the shape of the causal language model's own: with a bias where that has one."""
-    with torch.device("meta"):
-        bias = AutoModelForCausalLM.from_config(text_config).get_output_embeddings().bias is not None
-    return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=bias)
-
-
-def scale_logits(text_config: Any, logits: Tensor) -> Tensor:
-    """What the causal language model does to its logits: Gemma's soft cap, Cohere's or Granite's scale."""
-    if (soft_cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / soft_cap) * soft_cap
-    if (scale := getattr(text_config, "logit_scale", None)) is not None:
-        logits = logits * scale
-    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
-        logits = logits / divisor
-    return logits

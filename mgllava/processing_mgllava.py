@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -130,6 +132,16 @@ class MGLlavaProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise ValueError("MG-LLaVA takes pictures and text, neither videos nor audio")
+        # transformers only warns of unknown options; these would lose every object of the picture.
+        if lost := [
+            key
+            for key in kwargs
+            if key in DETECTION_KEYS or get_close_matches(key, ["detections"], cutoff=0.9)
+        ]:
+            raise ValueError(
+                f"unknown option {lost[0]}; a picture's detections come as "
+                'detections=[{"boxes": ..., "labels": ..., "scores": ...}]'
+            )
         pictures = [] if images is None else flatten_images(images)
         if text is None and not pictures:
             raise ValueError("give a text, pictures or both")
@@ -220,30 +232,37 @@ class MGLlavaProcessor(ProcessorMixin):
                 raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
             if not re.search(r"\{%-?\s*generation\s*-?%\}", source):
                 raise ValueError("the chat template does not mark answers with {% generation %}")
-        is_batched = bool(conversation) and (
-            isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
-        )
+        if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
+            raise ValueError(
+                f"conversation is {conversation!r}; expected a list of messages with role and content, or a list "
+                "of such lists"
+            )
+        is_batched = isinstance(conversation[0], (list, tuple))
         conversations = list(conversation) if is_batched else [conversation]
         options = set(TextKwargs.__annotations__) | set(MGLlavaImagesKwargs.__annotations__) | CALL_OPTIONS
         call_options = {key: kwargs.pop(key) for key in list(kwargs) if key in options} | (
             processor_kwargs or {}
         )
 
-        rendered, spans = render_jinja_template(
-            conversations=conversations,
-            tools=tools,
-            documents=documents,
-            chat_template=source,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            **{
-                **self.tokenizer.special_tokens_map,
-                "image_token": self.image_token,
-                "piece_separator": PIECE_SEPARATOR,
-                **kwargs,
-            },
-        )
+        variables = {
+            **self.tokenizer.special_tokens_map,
+            "image_token": self.image_token,
+            "piece_separator": PIECE_SEPARATOR,
+            **kwargs,
+        }
+        try:
+            rendered, spans = render_jinja_template(
+                conversations=conversations,
+                tools=tools,
+                documents=documents,
+                chat_template=source,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the conversation does not fit the chat template: {error}") from error
         if not tokenize:
             return rendered if is_batched else rendered[0]
 
@@ -352,6 +371,8 @@ class MGLlavaProcessor(ProcessorMixin):
                 limit = self.tokenizer.model_max_length if max_length is None else max_length
                 kept = self._kept_by_truncation(ids, limit, index)
                 ids, mask = ids[kept], mask[kept]
+            if not ids:
+                raise ValueError(f"text[{index}] is {text!r}, which has no tokens")
             rows.append(ids)
             masks.append(mask)
 

@@ -101,6 +101,9 @@ def check_detections(
     labels = [""] * len(boxes) if labels is None else _as_list(labels, "labels")
     if len(labels) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(labels)} labels; every box needs one label")
+    for index, label in enumerate(labels):
+        if not isinstance(label, (str, int)):
+            raise ValueError(f"labels[{index}] is {label!r}, expected a name or a number")
     if scores is None:
         return boxes, labels, None
     values = _as_list(scores, "scores")
@@ -139,7 +142,7 @@ def load_detections(
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if isinstance(content, list):
         content = _select_entry(content, path, id, image)

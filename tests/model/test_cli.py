@@ -1,7 +1,7 @@
 """The command line as a newcomer meets it: answers on standard output, one clear line for bad input."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -72,6 +72,16 @@ def test_a_conversation_streams_resets_and_ends(run, converted_golden, picture):
     assert answers[2] == answers[4] == ""
 
 
+def test_a_turn_that_cannot_be_asked_does_not_end_the_conversation(run, converted_golden, picture):
+    turns = [QUESTION, "what is <object> ?", QUESTION, "EXIT"]
+    arguments = ["chat", "--model", converted_golden, "--image", picture, "--max-new-tokens", 5]
+    result = run(*arguments, input="\n".join(turns))
+    assert result.exit_code == 0, result.output
+    assert "<object>" in result.stderr
+    answers = [part.strip() for part in result.stdout.split(">")[1:]]
+    assert [bool(answer) for answer in answers] == [True, False, True, False]
+
+
 def test_sampling(run, converted_golden):
     result = run(
         "chat",
@@ -135,6 +145,13 @@ def test_classes_that_cannot_be_imported_say_why(broken_torchvision):
     assert "mgllava doctor" in result.stderr.splitlines()[-1]
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m mgllava doctor | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert "error:" not in result.stderr
+    assert "Broken pipe" not in result.stderr
+
+
 def test_doctor_names_an_unknown_backend(run, monkeypatch):
     monkeypatch.setenv("MGLLAVA_KERNELS", "cudnn")
     result = run("doctor")
@@ -187,6 +204,8 @@ def test_bad_pictures_end_chat_before_the_model_loads(
         ('{"boxes": [[1, 2, 3]], "labels": ["a"], "scores": [0.5]}', "boxes"),
         ('{"boxes": [[50, 2, 10, 30]], "labels": ["a"], "scores": [0.5]}', "50"),
         ('{"boxes": [[1, 2, 30, 40]], "labels": [], "scores": [0.5]}', "labels"),
+        ('{"boxes": [[1, 2, 30, 40]], "labels": [["a"]], "scores": [0.5]}', "labels"),
+        ("[" * 100000, "JSON"),
     ],
 )
 def test_bad_boxes_end_chat_before_the_model_loads(
@@ -207,7 +226,9 @@ def test_boxes_without_a_picture_are_refused(run, converted_golden, boxes):
     assert "0 pictures came with 1 boxes files" in result.stderr
 
 
-@pytest.mark.parametrize("option", [("--dtype", "float8"), ("--device", "cuda:99"), ("--device", "abacus")])
+@pytest.mark.parametrize(
+    "option", [("--dtype", "float8"), ("--device", "cuda:99"), ("--device", "abacus"), ("--device", "meta")]
+)
 def test_unknown_dtypes_and_devices_are_named(run, converted_golden, option):
     result = run("chat", "--model", converted_golden, "--prompt", "hi", *option)
     assert result.exit_code == 1
@@ -236,13 +257,15 @@ def test_folders_that_hold_no_model_are_refused(run, tmp_path, converted_golden)
         "other": "'bert'",
         "half": "incomplete; missing model.safetensors",
         "cut": "damaged or cut short",
+        "untold": "incomplete; missing chat_template.jinja",
     }
-    for name in ("empty", "other", "half", "cut"):
+    for name in ("empty", "other"):
         (tmp_path / name).mkdir()
+    for name in ("half", "cut", "untold"):
+        shutil.copytree(converted_golden, tmp_path / name)
+    (tmp_path / "half" / "model.safetensors").unlink()
+    (tmp_path / "untold" / "chat_template.jinja").unlink()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
-    config = json.loads((converted_golden / "config.json").read_text())
-    (tmp_path / "half" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "cut" / "config.json").write_text(json.dumps(config))
     weights = (converted_golden / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     for name, message in cases.items():

@@ -145,3 +145,15 @@ def test_a_second_turn_sees_the_first(model, processor, picture, detections):
     )
     output = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(output, skip_special_tokens=True).strip() == second
+
+
+def test_placeholders_that_the_model_spells_out_do_not_count_as_pictures(
+    model, processor, picture, monkeypatch
+):
+    session = ChatSession(model, processor, [picture], max_new_tokens=2, do_sample=False)
+    monkeypatch.setattr(processor.tokenizer, "decode", lambda *args, **kwargs: "an <image> and an <object>")
+    assert session.ask("what is in the image ?") == "an <image> and an <object>"
+    session.ask("how many are there ?")
+    with pytest.raises(ValueError, match="<object> cannot be part of a question"):
+        session.ask("what is <object> ?")
+    assert len(session.history) == 4

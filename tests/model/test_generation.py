@@ -1,5 +1,6 @@
 """Generation: vision once, every row its own pictures, placeholders never."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -91,6 +92,26 @@ def test_features_computed_beforehand_give_the_same_answer(model, encoded):
         new_tokens(model, inputs, num_beams=2, mm_encoder_outputs={"image": features}), expected
     )
     assert not encoded
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}])
+def test_generation_from_embeddings_of_text(model, settings):
+    inputs = tiny_inputs([[]])
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    from_embeddings = model.generate(
+        inputs_embeds=embeddings,
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=5,
+        do_sample=False,
+        **settings,
+    )
+    assert torch.equal(from_embeddings, new_tokens(model, inputs, **settings))
+
+
+def test_an_assistant_model_sees_the_pictures_too(model):
+    inputs = tiny_inputs([[2, 1]])
+    assisted = new_tokens(model, inputs, assistant_model=copy.deepcopy(model))
+    assert torch.equal(assisted, new_tokens(model, inputs))
 
 
 def test_placeholders_are_never_generated(model):

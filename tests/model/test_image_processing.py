@@ -311,6 +311,13 @@ def test_file_that_is_no_picture(tmp_path, data):
         small()(tmp_path)
 
 
+def test_a_strip_whose_square_would_fill_the_memory(tmp_path):
+    path = tmp_path / "strip.png"
+    Image.new("1", (1, 20000)).save(path)
+    with pytest.raises(ValueError, match="1x20000 pixels, and the square"):
+        MGLlavaImageProcessor()(path)
+
+
 @pytest.mark.parametrize("limit", [400, 600])  # above the error, and between warning and error
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bomb(tmp_path, monkeypatch, limit):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file, save_file
 from tiny import (
     HIGH_RES,
@@ -17,6 +18,7 @@ from tiny import (
     tiny_text_config,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaModel
+from mgllava.language_model_head import language_model_head
 from mgllava.modeling_mgllava import MGLlavaImageFeatures
 
 ROWS = [[2], [], [1, 3], [0]]
@@ -166,6 +169,10 @@ def test_swapped_box_counts_are_refused(model):
         ({"boxes": torch.zeros(2, 4)}, r"boxes is \(2, 4\); expected \(2, K_max, 4\)"),
         ({"num_boxes": torch.tensor([1])}, r"num_boxes is \(1,\); expected \(2,\)"),
         ({"boxes": None}, "num_boxes came without boxes"),
+        (
+            {"pixel_values": torch.zeros(0, 3, 28, 28), "pixel_values_high_res": torch.zeros(0, 3, 64, 64)},
+            "holds no pictures",
+        ),
     ],
 )
 def test_wrong_picture_inputs_are_named(model, pixel_inputs, change, message):
@@ -278,6 +285,20 @@ LANGUAGE_MODELS = {
     "cohere": {"num_key_value_heads": 2, "logit_scale": 0.25},
     "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0},
     "gpt_neox": {},
+    "falcon_h1": {
+        "num_key_value_heads": 2,
+        "lm_head_multiplier": 0.3,
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 5.0, "head_dim": 8},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
 }
 
@@ -295,7 +316,7 @@ def test_any_causal_language_model_keeps_its_own_logits(model_type):
         "eos_token_id": 2,
         "max_position_embeddings": 128,
     }
-    text_config = AutoConfig.for_model(model_type, **settings, **LANGUAGE_MODELS[model_type])
+    text_config = AutoConfig.for_model(model_type, **{**settings, **LANGUAGE_MODELS[model_type]})
     causal = AutoModelForCausalLM.from_config(copy.deepcopy(text_config)).eval()
     model = MGLlavaForConditionalGeneration(tiny_config(text_config)).eval()
     model.model.language_model.load_state_dict(causal.base_model.state_dict())
@@ -308,6 +329,33 @@ def test_any_causal_language_model_keeps_its_own_logits(model_type):
         atol=1e-5,
     )
     assert model.generate(**tiny_inputs([[2]]), max_new_tokens=3, do_sample=False).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"), [("gemma3n", "change their logits"), ("mamba", "no past_key_values")]
+)
+def test_a_language_model_that_would_go_wrong_is_refused(model_type, message):
+    text_config = AutoConfig.for_model(
+        model_type,
+        vocab_size=63,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        num_attention_heads=4,
+    )
+    with pytest.raises(ValueError, match=message):
+        language_model_head(text_config)
+
+
+def test_rows_that_are_added_later_are_ordinary_tokens():
+    model = tiny_model()
+    model.resize_token_embeddings(TEXT_VOCAB + 9)
+    inputs = tiny_inputs([[2]])
+    inputs["input_ids"][0, -1] = TEXT_VOCAB + 5
+    outputs = model(**inputs, labels=inputs["input_ids"])
+    assert outputs.loss < 100
+    lowest = torch.finfo(torch.float32).min
+    assert (outputs.logits == lowest).all(dim=(0, 1)).nonzero().flatten().tolist() == [IMAGE, OBJECT]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -390,6 +438,23 @@ def test_a_configuration_whose_grids_differ_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"roi_output_size": 0}, "roi_output_size is 0"),
+        ({"vision_feature_layer": -5}, "vision_feature_layer is -5.*-4 to 3"),
+        ({"image_token_id": 63}, "image_token_id is 63.*63 rows"),
+        ({"object_token_id": IMAGE}, "expected two ids"),
+        ({"text_vocab_size": 64}, "text_vocab_size is 64"),
+        ({"fusion_variant": "sum"}, "gate_sum"),
+        ({"text_config": {"model_type": "nope"}}, "'nope'"),
+    ],
+)
+def test_a_wrong_configuration_is_named(settings, message):
+    with pytest.raises(Exception, match=message):
+        MGLlavaConfig(**{**tiny_config().to_dict(), **settings})
+
+
+@pytest.mark.parametrize(
     ("high_res", "message"),
     [
         ({"architecture": "no_such_net"}, "no_such_net"),
@@ -424,3 +489,28 @@ def test_published_models_have_the_published_size(name, billions):
         model = MGLlavaForConditionalGeneration(MGLlavaConfig.published(name))
     count = sum(p.numel() for p in model.parameters()) / 1e9
     assert count == pytest.approx(billions, abs=0.25)
+
+
+def test_the_vision_flow_crosses_devices():
+    """Two GPUs that need not exist: fake tensors know their device, and refuse to mix two as real ones do."""
+    with torch.device("meta"):
+        model = MGLlavaModel(tiny_config()).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        places = {
+            "vision_tower": 0,
+            "high_res_tower": 1,
+            "fusion": 0,
+            "image_projector": 1,
+            "object_projector": 0,
+        }
+        for name, index in places.items():
+            part = getattr(model, name).to_empty(device=f"cuda:{index}")
+            add_hook_to_module(part, AlignDevicesHook(execution_device=f"cuda:{index}"))
+        pictures = {
+            "pixel_values": torch.empty(2, 3, 28, 28, device="cuda:0"),
+            "pixel_values_high_res": torch.empty(2, 3, HIGH_RES, HIGH_RES, device="cuda:0"),
+            "boxes": torch.empty(2, 3, 4, device="cuda:0"),
+            "num_boxes": torch.empty(2, dtype=torch.long, device="cuda:0"),
+        }
+        tokens = model.get_image_features(**pictures).pooler_output
+    assert [tuple(rows.shape) for rows in tokens] == [(4 + 3, 32)] * 2

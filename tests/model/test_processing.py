@@ -340,6 +340,33 @@ def test_detections_through_processor_kwargs():
         processor.apply_chat_template(both, tokenize=True, processor_kwargs={"detections": [CAT]})
 
 
+@pytest.mark.parametrize("name", ["boxes", "detection", "scores"])
+def test_detections_under_another_name_are_not_lost_silently(name):
+    with pytest.raises(ValueError, match=f"unknown option {name}.*detections="):
+        make()(images=PICTURE, text="<image>", **{name: [CAT]})
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ([{"role": "user", "content": None}], "no content"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "without text"),
+        ([{"role": "user"}], "no content"),
+        ({"role": "user", "content": "hi"}, "expected a list of messages"),
+        ([], "expected a list of messages"),
+        ([{"role": "assistant", "content": "hi"}], "alternate"),
+    ],
+)
+def test_conversations_of_the_wrong_form_are_refused(conversation, message):
+    with pytest.raises(ValueError, match=message):
+        make().apply_chat_template(conversation)
+
+
+def test_a_text_without_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"text\[1\] is ''"):
+        make()(text=["what", ""])
+
+
 def test_box_settings_reach_the_image_processor():
     near = {"boxes": [[0, 0, 9, 9], [20, 0, 39, 29]], "labels": ["cat", "cat"], "scores": [0.9, 0.8]}
     for options in ({"best_per_label": True}, {"images_kwargs": {"best_per_label": True}}):
