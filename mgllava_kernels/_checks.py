@@ -1,7 +1,9 @@
 """Argument checks of the public functions: each names the argument, its value and what was expected."""
 
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -24,6 +26,14 @@ def check_tensor(name: str, value: object, shape: Sequence[int | str]) -> Tensor
     return value
 
 
+def check_map(name: str, value: object, shape: Sequence[int | str]) -> Tensor:
+    """Check that `value` is a floating map of `shape`, (B, C, H, W), with at least one row and column."""
+    tensor = check_tensor(name, value, shape)
+    if tensor.shape[2] < 1 or tensor.shape[3] < 1:
+        raise ValueError(f"{name} must have at least one row and one column, got {tuple(tensor.shape)}")
+    return tensor
+
+
 def check_alike(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
     """Check that `tensor` has the device and dtype of `model`."""
     if tensor.device != model.device:
@@ -33,17 +43,18 @@ def check_alike(name: str, tensor: Tensor, model_name: str, model: Tensor) -> No
 
 
 def check_scale(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    scale = float(value)
+    if not 0 < scale < math.inf:
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
-    return float(value)
+    return scale
 
 
 def check_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    return value
+    return operator.index(value)
 
 
 def check_size(name: str, value: object) -> tuple[int, int]:

@@ -14,28 +14,28 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
+from torch.autograd import forward_ad
+
+from mgllava_kernels._autocast import autocast_enabled
+from mgllava_kernels._tracing import constant_when_traced
 
 CHOICES = ("auto", "triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "MGLLAVA_KERNELS"
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+# torch.func.functionalize is not among them: it changes no derivative and no shape.
+TRANSFORMS = (TransformType.Vmap, TransformType.Grad, TransformType.Jvp)
 
 _chosen: ContextVar[str | None] = ContextVar("mgllava_kernels_backend", default=None)
 _modules: dict[str, dict[str, str]] = {}
-
-
-def _constant_when_traced(function: Function) -> Function:
-    """Have torch.compile call `function` while tracing and keep the result.
-
-    The mark is all that `torch.compiler.assume_constant_result` sets, but that function imports
-    torch._dynamo, and with it triton.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,17 @@ def use_backend(name: str) -> Iterator[None]:
         name: `"auto"` (Triton on a GPU where the op has a Triton kernel, else `torch`; `torch` for float64),
             `"triton"`, `"torch"` or `"reference"`.
 
-    The block wins over the environment variable `MGLLAVA_KERNELS`, which takes the same values and is read at
-    each call. The choice belongs to the current thread or asyncio task; it is resolved when an op is called
-    and kept for its backward pass. `torch.compile` resolves it when it traces: enter the block around the
-    first call of the compiled function.
+    The block wins over the environment variable `MGLLAVA_KERNELS`, which takes the same values (empty counts as
+    unset) and is read at each call. The choice belongs to the current thread or asyncio task; it is resolved
+    when an op is called and kept for its backward pass. `torch.compile` resolves it when it traces: enter the
+    block around the first call of the compiled function. `torch.utils.checkpoint` calls its function again in
+    the backward pass: enter the block inside the checkpointed function, or around the backward pass as well.
+    Otherwise the recomputation may take another implementation, and torch raises CheckpointError.
+
+    `torch` and `triton` have first derivatives by backpropagation only. Double backward and `is_grads_batched`
+    need a forward pass on `reference`. Inside `torch.func` transforms (grad, jvp, jacrev, vmap, ...) and
+    forward-mode differentiation `"auto"` takes `reference`, and `"torch"` and `"triton"` raise RuntimeError.
+    `roi_align` and `pooled_roi_align` cannot be differentiated twice on any path and raise inside all of these.
 
     A module whose layers have been replaced, hooked or quantised calls them instead of an op, unless the
     choice is `"triton"`: then, as always when that choice cannot be met, it raises RuntimeError.
@@ -105,7 +112,16 @@ def registered_ops() -> list[str]:
 def resolve(op: str | None, tensor: Tensor) -> Backend:
     """Apply the user's choice to one call of `op` on `tensor`."""
     choice, source = _requested()
-    if choice in ("reference", "torch"):
+    if choice == "reference":
+        return Backend(choice, f"chosen by {source}")
+    if in_transform():
+        why = "only 'reference' runs inside torch.func transforms and forward-mode differentiation"
+        if choice != "auto":
+            raise RuntimeError(
+                f'backend {choice!r} was chosen by {source}, but {why}: use_backend("reference")'
+            )
+        return Backend("reference", why)
+    if choice == "torch":
         return Backend(choice, f"chosen by {source}")
     obstacle = _triton_obstacle(op, tensor)
     if choice == "triton":
@@ -129,6 +145,40 @@ def check_composition(why: str) -> None:
         raise RuntimeError(f"backend 'triton' was chosen by {source}, but {why}")
 
 
+@constant_when_traced
+def in_transform() -> bool:
+    """Whether a `torch.func` transform or a level of forward-mode differentiation is active.
+
+    Custom ops have no rules for them, and torch gives their outputs zero tangents without a word.
+    """
+    stack = get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(level.key() in TRANSFORMS for level in stack)
+
+
+def refuse_batched_gradients(op: str, *grads: Tensor | None) -> None:
+    """Say in a backward pass that it takes one gradient at a time, where torch would miss a batching rule."""
+    if torch.compiler.is_compiling():
+        return
+    for grad in grads:
+        # `is_grads_batched` has its own, older kind of batched tensor.
+        if grad is not None and (is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad)):
+            raise RuntimeError(
+                f"the backward pass of {op} takes no batched gradients (is_grads_batched, vmap) on this "
+                f'backend: call {op} inside use_backend("reference")'
+            )
+
+
+def refuse_double_backward(
+    op: str, remedy: str = 'call it inside use_backend("reference")'
+) -> Callable[..., None]:
+    """The autograd formula of a backward op: an error that says what to do."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{op} cannot be differentiated twice on this backend: {remedy}")
+
+    return refuse
+
+
 def call(op: str, backend: str, function: str, device: torch.device, *args: Any) -> Any:
     """Run `function` of the module that implements `op` on `backend`, with autocast off.
 
@@ -136,20 +186,20 @@ def call(op: str, backend: str, function: str, device: torch.device, *args: Any)
     depends on the dtypes it chose.
     """
     implementation: Callable[..., Any] = getattr(_load(_modules[op][backend]), function)
-    if torch.is_autocast_enabled(device.type):
+    if autocast_enabled(device):
         with torch.autocast(device.type, enabled=False):
             return implementation(*args)
     return implementation(*args)
 
 
-@_constant_when_traced
+@constant_when_traced
 def _requested() -> tuple[str, str]:
     """The requested backend and who asked for it."""
     chosen = _chosen.get()
     if chosen is not None:
         return chosen, "use_backend"
     value = os.environ.get(ENVIRONMENT_VARIABLE)
-    if value is not None:
+    if value:
         return _checked(value, ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
     return "auto", "default"
 
@@ -178,12 +228,12 @@ def _triton_obstacle(op: str | None, tensor: Tensor) -> str | None:
     return None
 
 
-@_constant_when_traced
+@constant_when_traced
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@_constant_when_traced
+@constant_when_traced
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

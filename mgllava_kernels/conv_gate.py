@@ -112,8 +112,7 @@ def depthwise_conv_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, *, height:
     """
     check_tensor("tokens", tokens, ("B", "N", "D"))
     count, channels = tokens.shape[1:]
-    check_int("height", height)
-    check_int("width", width)
+    height, width = check_int("height", height), check_int("width", width)
     if height < 1 or width < 1 or height * width != count:
         raise ValueError(
             f"height x width must be the number of tokens, {count}, got {height} x {width} = {height * width}"
@@ -326,6 +325,7 @@ def _depthwise_setup(ctx, inputs, output):
 def _depthwise_autograd(ctx, grad, _):
     if grad is None:
         return (None,) * 7
+    backend.refuse_batched_gradients("depthwise_conv_gelu", grad)
     needed = list(ctx.needs_input_grad[:3])
     grads = iter(
         _depthwise_conv_gelu_backward(grad, *ctx.saved_tensors, ctx.height, ctx.width, needed, ctx.path)
@@ -334,6 +334,7 @@ def _depthwise_autograd(ctx, grad, _):
 
 
 _depthwise_conv_gelu.register_autograd(_depthwise_autograd, setup_context=_depthwise_setup)
+_depthwise_conv_gelu_backward.register_autograd(backend.refuse_double_backward("depthwise_conv_gelu"))
 
 
 @torch.library.custom_op("mgllava::conv_gate_fusion", mutates_args=())
@@ -394,6 +395,7 @@ def _conv_gate_autograd(ctx, grad, *_):
     needs_low, needs_high, needs_weights = ctx.needs_input_grad[:3]
     if grad is None:
         return None, None, [None] * len(needs_weights), None, None, None
+    backend.refuse_batched_gradients("conv_gate_fusion", grad)
     low_res, high_res, *weights, low_pre, high_pre, means = ctx.saved_tensors
     needed = [needs_low, needs_high, *needs_weights]
     grads = iter(
@@ -406,3 +408,4 @@ def _conv_gate_autograd(ctx, grad, *_):
 
 
 _conv_gate_fusion.register_autograd(_conv_gate_autograd, setup_context=_conv_gate_setup)
+_conv_gate_fusion_backward.register_autograd(backend.refuse_double_backward("conv_gate_fusion"))

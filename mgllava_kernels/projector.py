@@ -243,11 +243,13 @@ def _linear_gelu_autograd(ctx, grad, _):
     needed = list(ctx.needs_input_grad[:3])
     if grad is None:
         return (None,) * 5
+    backend.refuse_batched_gradients("linear_gelu", grad)
     grads = iter(_linear_gelu_backward(grad, *ctx.saved_tensors, needed, ctx.path))
     return *(next(grads) if need else None for need in needed), None, None
 
 
 _linear_gelu.register_autograd(_linear_gelu_autograd, setup_context=_linear_gelu_setup)
+_linear_gelu_backward.register_autograd(backend.refuse_double_backward("linear_gelu"))
 
 
 @torch.library.custom_op("mgllava::grouped_mlp_projector", mutates_args=())
@@ -307,6 +309,7 @@ def _grouped_setup(ctx, inputs, output):
 
 
 def _grouped_autograd(ctx, grads):
+    backend.refuse_batched_gradients("mlp_projector", *grads)
     groups = ctx.groups
     saved = ctx.saved_tensors
     xs, w1s, w2s, pre_activations = (list(saved[groups * part : groups * (part + 1)]) for part in range(4))
@@ -323,3 +326,4 @@ def _grouped_autograd(ctx, grads):
 
 
 _grouped_mlp_projector.register_autograd(_grouped_autograd, setup_context=_grouped_setup)
+_grouped_mlp_projector_backward.register_autograd(backend.refuse_double_backward("grouped_mlp_projector"))

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Coordinates on the map are brought within this: sums and products of two stay finite in float32. All samples
+# out there are outside the map anyway.
+FARTHEST = 1e18
+
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -27,6 +31,8 @@ def roi_align(
     """torchvision's compiled RoIAlign in the dtype of `boxes`, (K, 5), cast back to that of `input`."""
     import torchvision  # noqa: F401  registers the op
 
+    limit = FARTHEST / spatial_scale
+    boxes = torch.cat([boxes[:, :1], boxes[:, 1:].clamp(-limit, limit)], dim=1)
     if aligned and sampling_ratio <= 0:
         # An inverted box has no adaptive samples. torchvision's CPU op sizes a buffer by their negative
         # number and throws; with no length it gives the same zeros.

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from mgllava_kernels import backend, reference
-from mgllava_kernels._checks import check_alike, check_int, check_scale, check_size, check_tensor
+from mgllava_kernels._checks import check_alike, check_int, check_map, check_scale, check_size, check_tensor
 
 backend.register("roi_align", torch="mgllava_kernels._torch.roi_align")
 backend.register("pooled_roi_align", torch="mgllava_kernels._torch.roi_align")
+
+NO_REMEDY = "RoIAlign has first derivatives only, on every backend"
 
 Boxes = Tensor | Sequence[Tensor]
 
@@ -44,16 +46,19 @@ def roi_align(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; a non-positive size or
-            scale. On the CPU also a non-finite coordinate or an image index outside [0, B); on a GPU, where
-            only a synchronisation could see those, a row with such an index is zero.
+            scale; a map without rows or columns. On the CPU also a non-finite coordinate or an image index
+            outside [0, B); on a GPU, where only a synchronisation could see those, a row with such an index is
+            zero.
+        RuntimeError: inside a `torch.func` transform or forward-mode differentiation.
 
     Source: He et al., Mask R-CNN, arXiv 1703.06870, section 3.
     """
-    check_tensor("input", input, ("B", "C", "H", "W"))
+    check_map("input", input, ("B", "C", "H", "W"))
     height, width = check_size("output_size", output_size)
     arguments = (check_scale("spatial_scale", spatial_scale), height, width)
     options = (check_int("sampling_ratio", sampling_ratio), bool(aligned))
     rows = _box_rows(boxes, input)
+    _refuse_transforms("roi_align")
     path = backend.resolve("roi_align", input).name
     if path == "reference":
         _check_box_values(rows, input.shape[0])
@@ -92,14 +97,15 @@ def pooled_roi_align(
     """
     if isinstance(features, Tensor) or not isinstance(features, Sequence) or len(features) == 0:
         raise TypeError(f"features must be a non-empty sequence of tensors, got {type(features).__name__}")
-    finest = check_tensor("features[0]", features[0], ("B", "C", "H", "W"))
+    finest = check_map("features[0]", features[0], ("B", "C", "H", "W"))
     for index, level in enumerate(features[1:], start=1):
-        check_tensor(f"features[{index}]", level, (finest.shape[0], "C", "H", "W"))
+        check_map(f"features[{index}]", level, (finest.shape[0], "C", "H", "W"))
         check_alike(f"features[{index}]", level, "features[0]", finest)
     height, width = check_size("output_size", output_size)
     arguments = (check_scale("spatial_scale", spatial_scale), height, width)
     options = (check_int("sampling_ratio", sampling_ratio), bool(aligned))
     rows = _box_rows(boxes, finest)
+    _refuse_transforms("pooled_roi_align")
     path = backend.resolve("pooled_roi_align", finest).name
     if path == "reference":
         _check_box_values(rows, finest.shape[0])
@@ -134,6 +140,15 @@ def _box_rows(boxes: Boxes, features: Tensor) -> Tensor:
         image_index = torch.full((image_boxes.shape[0], 1), index, dtype=dtype, device=features.device)
         rows.append(torch.cat([image_index, image_boxes.detach().to(dtype)], dim=1))
     return torch.cat(rows)
+
+
+def _refuse_transforms(op: str) -> None:
+    """Refuse where torchvision's op, and so the reference, has no rules either: tangents would be zero."""
+    if backend.in_transform():
+        raise RuntimeError(
+            f"{op} does not run inside torch.func transforms (grad, jvp, vmap, ...) and forward-mode "
+            f"differentiation, on any backend: call it outside and pass in its result"
+        )
 
 
 def _check_box_values(rows: Tensor, images: int) -> None:
@@ -210,6 +225,7 @@ def _roi_align_autograd(ctx, grad):
 
 
 _roi_align.register_autograd(_roi_align_autograd, setup_context=_roi_align_setup)
+_roi_align_backward.register_autograd(backend.refuse_double_backward("roi_align", NO_REMEDY))
 
 
 @torch.library.custom_op("mgllava::pooled_roi_align", mutates_args=())
@@ -281,6 +297,7 @@ def _pooled_roi_align_setup(ctx, inputs, output):
 
 
 def _pooled_roi_align_autograd(ctx, grad):
+    backend.refuse_batched_gradients("pooled_roi_align", grad)
     (boxes,) = ctx.saved_tensors
     needed = ctx.needs_input_grad[0]
     levels = [level for level, need in enumerate(needed) if need]
@@ -293,3 +310,4 @@ def _pooled_roi_align_autograd(ctx, grad):
 
 
 _pooled_roi_align.register_autograd(_pooled_roi_align_autograd, setup_context=_pooled_roi_align_setup)
+_pooled_roi_align_backward.register_autograd(backend.refuse_double_backward("pooled_roi_align", NO_REMEDY))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgllava_kernels import reference
 from mgllava_kernels._torch import roi_crops
 
 # Largest temporary of one chunk of boxes, in elements: 16 MB of float32. At published sizes 113 boxes fit.
@@ -60,8 +61,11 @@ def axis_samples(
 ) -> AxisSamples:
     """Samples of boxes `low` to `high`, (K,) each: over all bins, (K, 1), or of each bin, (K, bins, 1)."""
     offset = 0.5 if aligned else 0.0
-    start = low * spatial_scale - offset
-    length = (high * spatial_scale - offset) - start
+    start, end = (
+        (value * spatial_scale).clamp(-reference.FARTHEST, reference.FARTHEST) - offset
+        for value in (low, high)
+    )
+    length = end - start
     if not aligned:
         length = length.clamp_min(1)
     bin_size = length / bins
@@ -282,6 +286,8 @@ def roi_align(
 ) -> Tensor:
     """W_y · F · W_xᵀ for each box and channel, rows first; computes in the dtype of `boxes`."""
     images, channels, height, width = input.shape
+    if channels == 0:
+        return input.new_zeros(len(boxes), 0, output_height, output_width)
     image_index = boxes[:, 0].trunc()
     if _box_by_box(input.device):
         channels_last = input.permute(0, 2, 3, 1).to(boxes.dtype).contiguous()
@@ -322,6 +328,8 @@ def roi_align_backward(
 ) -> Tensor:
     """W_yᵀ · grad · W_x summed over the boxes of each image, in one fixed order."""
     images, channels, height, width = shape
+    if channels == 0:
+        return grad.new_zeros(shape)
     image_index = boxes[:, 0].trunc()
     if _box_by_box(grad.device):
         channels_last = boxes.new_zeros(images, height, width, channels)

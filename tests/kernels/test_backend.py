@@ -174,3 +174,9 @@ def test_implementations_are_loaded_on_first_use(monkeypatch, tmp_path):
     backend.register("late", torch="late_kernels")
     assert "late_kernels" not in sys.modules
     assert torch.equal(backend.call("late", "torch", "double", X.device, X + 1), 2 * (X + 1))
+
+
+def test_an_empty_environment_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("MGLLAVA_KERNELS", "")
+    assert active_backend(X).name == "torch"
+    assert kernels.linear_gelu(X, torch.zeros(4, 3), torch.zeros(4)).shape == (2, 4)

@@ -338,6 +338,11 @@ def test_lists_compile_without_graph_breaks():
             ValueError,
             r"features\[1\] must be on the device of features\[0\], cpu, got meta",
         ),
+        (
+            {"features": [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 4, 0)]},
+            ValueError,
+            r"features\[1\] must have at least one row and one column, got \(2, 1, 4, 0\)",
+        ),
         ({"boxes": torch.zeros(3, 4)}, ValueError, r"boxes must have shape \(K, 5\), got \(3, 4\)"),
         ({"boxes": [torch.zeros(1, 4)]}, ValueError, "boxes must hold one tensor per image, 2, got 1"),
         ({"boxes": torch.full((1, 5), torch.nan)}, ValueError, "boxes must be finite"),

@@ -2,6 +2,7 @@
 
 import hypothesis.strategies as st
 import naive
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -218,6 +219,59 @@ def test_no_boxes(path, images):
             assert not gradient.any()
 
 
+@pytest.mark.parametrize("box_by_box", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_no_channels(monkeypatch, path, box_by_box):
+    from mgllava_kernels._torch import roi_align as implementation
+
+    monkeypatch.setattr(implementation, "_box_by_box", lambda device: box_by_box)
+    none, some = torch.zeros(2, 0, 5, 5, requires_grad=True), torch.randn(2, 3, 4, 4)
+    boxes = random_boxes(4, 5, images=2)
+    with use_backend(path):
+        output = roi_align(none, boxes, (2, 3))
+        pooled = pooled_roi_align([none], boxes, spatial_scale=1.0)
+        mixed = pooled_roi_align([none, some], boxes, spatial_scale=1.0)
+    assert output.shape == (4, 0, 2, 3)
+    assert pooled.shape == (4, 0)
+    assert mixed.shape == (4, 3)
+    for result in (output, pooled, mixed):
+        assert torch.autograd.grad(result.sum(), none)[0].shape == none.shape
+
+
+FAR_BOXES = [[-1, -1, 1, 1], [1, 1, 1, 1], [-1, -1, -1, -1], [0, 0, 1, 1], [-1, 0, 1, 1e-38], [1, 1, -1, -1]]
+
+
+@pytest.mark.parametrize("far", [1e30, 1e38, 3e38])
+@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("sampling_ratio", [-1, 2])
+def test_the_farthest_finite_coordinates(far, scale, aligned, sampling_ratio):
+    """No sample but at most one of an adaptive grid of countless ones lies on the map."""
+    input = torch.ones(1, 2, 6, 6, requires_grad=True)
+    boxes = torch.tensor([[0, *(far * value for value in box)] for box in FAR_BOXES])
+    paths = ("torch",) if sampling_ratio < 0 else PATHS  # torchvision counts adaptive samples as C ints
+    for path in paths:
+        with use_backend(path):
+            output = roi_align(input, boxes, 2, scale, sampling_ratio, aligned)
+            pooled = pooled_roi_align(
+                [input],
+                boxes,
+                spatial_scale=scale,
+                output_size=2,
+                sampling_ratio=sampling_ratio,
+                aligned=aligned,
+            )
+        for result in (output, pooled, torch.autograd.grad(output.sum() + pooled.sum(), input)[0]):
+            torch.testing.assert_close(result, torch.zeros_like(result), atol=1e-15, rtol=0)
+
+
+def test_numbers_of_numpy():
+    input, boxes = torch.randn(1, 2, 8, 8), random_boxes(3, 16)
+    expected = roi_align(input, boxes, 3, 0.5, 2)
+    assert torch.equal(roi_align(input, boxes, np.int64(3), np.float32(0.5), np.int64(2)), expected)
+    assert torch.equal(roi_align(input, boxes, (np.int32(3), 3), np.float64(0.5), 2), expected)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_memory_formats(memory_format):
     input = torch.randn(2, 3, 8, 7)
@@ -300,6 +354,11 @@ IMAGE, BOXES = torch.zeros(2, 3, 8, 8), torch.zeros(1, 5)
         ((IMAGE, None, 2), TypeError, r"boxes must be a tensor \(K, 5\) or a list .* got NoneType"),
         ((IMAGE, [BOXES[:, 1:]], 2), ValueError, "boxes must hold one tensor per image, 2, got 1"),
         ((IMAGE, [BOXES, BOXES], 2), ValueError, r"boxes\[0\] must have shape \(L, 4\), got \(1, 5\)"),
+        ((IMAGE[:, :, :0], BOXES, 2), ValueError, r"input must have at least one row .*, got \(2, 3, 0, 8\)"),
+        ((IMAGE[..., :0], BOXES, 2), ValueError, r"input must have at least one row .*, got \(2, 3, 8, 0\)"),
+        ((IMAGE, BOXES, 2, True), TypeError, "spatial_scale must be a number, got bool"),
+        ((IMAGE, BOXES, True), TypeError, "output_size must be an int, got bool"),
+        ((IMAGE, BOXES, 2, 1.0, np.bool_(True)), TypeError, "sampling_ratio must be an int, got bool"),
         ((IMAGE, BOXES, 0), ValueError, "output_size must be at least 1, got 0"),
         ((IMAGE, BOXES, (2, -1)), ValueError, r"output_size must be at least 1, got \(2, -1\)"),
         ((IMAGE, BOXES, (2, 2, 2)), ValueError, "output_size must be an int or a pair"),
