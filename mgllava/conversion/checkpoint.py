@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .tensors import ConversionError, LazyTensor
+from .tensors import ConversionError, LazyTensor, refused_as
 from .weights import TRANSFORMERS_WEIGHTS, find_weights, open_weights
 from .zero import is_deepspeed_folder, open_deepspeed_folder
 
@@ -37,9 +37,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_dir():
         raise ConversionError(f"--checkpoint {path}: no such file or folder")
     latest = path / "latest"  # DeepSpeed's pointer to the folder of the last step
-    folder = path / latest.read_text().strip() if latest.is_file() else path
+    folder = path
+    if latest.is_file():
+        with refused_as(f"--checkpoint {path.name}: its file latest does not name a folder"):
+            folder = path / latest.read_text().strip()
+            folder.is_dir()  # raises for what can be no name
     if is_deepspeed_folder(folder):
-        tensors, trained_in = open_deepspeed_folder(folder)
+        with refused_as(f"--checkpoint {path.name}: a damaged DeepSpeed checkpoint"):
+            tensors, trained_in = open_deepspeed_folder(folder)
         return Checkpoint(path.name, tensors, trained_in)
     weights = find_weights(folder, TRANSFORMERS_WEIGHTS)
     if weights is None:

@@ -24,10 +24,27 @@ from .mapping import (
     map_weights,
     source_names,
 )
-from .parts import Part, find_part, read_high_res_config, read_text_config, read_vision_config
-from .tensors import ConversionError
+from .parts import (
+    find_part,
+    read_high_res_config,
+    read_image_statistics,
+    read_text_config,
+    read_vision_config,
+)
+from .tensors import ConversionError, refused_as
 from .weights import OPEN_CLIP_WEIGHTS, TRANSFORMERS_WEIGHTS
-from .write import MAX_SHARD_BYTES, check_disk_space, check_output, complete_or_absent, write_weights
+from .write import (
+    MAX_SHARD_BYTES,
+    check_disk_space,
+    check_output,
+    check_tied,
+    complete_or_absent,
+    remove_abandoned,
+    resolve_output,
+    write_weights,
+)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -109,17 +126,21 @@ def convert_checkpoint(
 
     Raises:
         ConversionError: before anything is written, if a file is missing, damaged or of another model, if a
-            tensor is missing, left over or wrongly shaped, if `output` is taken or the disk too small.
+            tensor is missing, left over, wrongly shaped or no weight, if `output` is taken or the disk too
+            small; and, with nothing left behind, while writing, if weights are not finite.
     """
     if output is not None:
-        output = Path(output).expanduser()
-        check_output(output)
+        output = resolve_output(output)
+        with refused_as(f"--output {output}"):  # a name too long, a folder that may not be looked into
+            check_output(output)
     elif not dry_run:
         raise ConversionError("no output folder given")
     plan = plan_conversion(checkpoint, llm, clip, convnext, template=template, dtype=dtype)
     if dry_run or output is None:
         return ConversionResult(plan, None)
+    plan.notes.extend(remove_abandoned(output))
     check_disk_space(output, plan.mapping.assignments, plan.dtype)
+    check_tied(plan.mapping)
     with complete_or_absent(output) as folder:
         _write_descriptions(folder, plan, title=output.name)
         write_weights(
@@ -153,19 +174,23 @@ def plan_conversion(
     fusion_variant = detect_fusion_variant(opened.tensors, vision_config.hidden_size)
     text_config = read_text_config(llm_part)
     text_vocab_size = text_config.vocab_size
-    language = read_language(llm_part, text_vocab_size, template)
+    with refused_as(f"--llm {llm_part.name}: the tokenizer or generation_config.json is damaged"):
+        language = read_language(llm_part, text_vocab_size, template)
     text_config.vocab_size = language.vocab_size
-    config = MGLlavaConfig(
-        vision_config=vision_config,
-        high_res_config=read_high_res_config(
-            convnext_part, vision_config.image_size // vision_config.patch_size
-        ),
-        text_config=text_config,
-        image_token_id=language.image_token_id,
-        object_token_id=language.object_token_id,
-        text_vocab_size=text_vocab_size,
-        fusion_variant=fusion_variant,
-    )
+    with refused_as(
+        f"no MG-LLaVA model can be built of {clip_part.name}, {convnext_part.name} and {llm_part.name}"
+    ):
+        config = MGLlavaConfig(
+            vision_config=vision_config,
+            high_res_config=read_high_res_config(
+                convnext_part, vision_config.image_size // vision_config.patch_size
+            ),
+            text_config=text_config,
+            image_token_id=language.image_token_id,
+            object_token_id=language.object_token_id,
+            text_vocab_size=text_vocab_size,
+            fusion_variant=fusion_variant,
+        )
     names = source_names(text_config)
     trained = components_in(opened.tensors, names[CHECKPOINT])
     mapping = map_weights(
@@ -183,7 +208,11 @@ def plan_conversion(
         mapping=mapping,
         dtype=dtype or _stored_dtype(opened, mapping.assignments),
         language=language,
-        image_processor=_image_processor(clip_part, config),
+        image_processor=MGLlavaImageProcessor(
+            high_res_size=config.high_res_config.image_size,
+            low_res_size=config.vision_config.image_size,
+            **read_image_statistics(clip_part),
+        ),
         sources={
             "MG-LLaVA checkpoint": opened.name,
             "language model": llm_part.name,
@@ -195,31 +224,20 @@ def plan_conversion(
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConversionError(f"no floating-point dtype {dtype!r}; expected for example bfloat16 or float16")
-    return dtype
+    given = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if given is not None and given not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise ConversionError(f"weights cannot be written in the dtype {dtype}; expected one of {names}")
+    return given
 
 
 def _stored_dtype(checkpoint: Checkpoint, assignments: list[Assignment]) -> torch.dtype:
     """The dtype of the language model's embedding as stored; fp32 master weights count as what they train."""
     embedding = next(item for item in assignments if item.target.startswith("model.language_model."))
+    stored = embedding.tensor.dtype
     if embedding.source == CHECKPOINT and checkpoint.trained_in is not None:
-        return checkpoint.trained_in
-    return embedding.tensor.dtype
-
-
-def _image_processor(clip_part: Part, config: MGLlavaConfig) -> MGLlavaImageProcessor:
-    settings = {}
-    if (clip_part.folder / "preprocessor_config.json").is_file():
-        stored = clip_part.read_json("preprocessor_config.json")
-        settings = {name: stored[name] for name in ("image_mean", "image_std") if name in stored}
-    return MGLlavaImageProcessor(
-        high_res_size=config.high_res_config.image_size,
-        low_res_size=config.vision_config.image_size,
-        **settings,
-    )
+        stored = checkpoint.trained_in
+    return stored if stored in _DTYPES else torch.float32
 
 
 def _write_descriptions(folder: Path, plan: ConversionPlan, title: str) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..configuration_mgllava import FusionVariant, MGLlavaConfig
 from ..modeling_mgllava import MGLlavaForConditionalGeneration
-from .tensors import ConversionError, LazyTensor, listed
+from .tensors import ConversionError, LazyTensor, listed, refused_as
 
 CHECKPOINT, LLM, CLIP, CONVNEXT = "checkpoint", "llm", "clip", "convnext"
 
@@ -63,6 +63,7 @@ IGNORED = {
         (r"visual\.head\..*", "contrastive head"),
     ),
 }
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LORA = re.compile(r"(^|\.)(lora_|base_model\.model\.)")
 _COMPONENTS = ("model.vision_tower.", "model.high_res_tower.", "model.language_model.", "lm_head.", "model.")
 _LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
@@ -102,10 +103,12 @@ class WeightMapping:
     Attributes:
         assignments: one for each parameter and persistent buffer, in the model's order.
         unused: (source, key, reason) for each tensor without a home, all of them expected.
+        tied: where the embedding serves as head: it, and the head stored beside it, which must be the same.
     """
 
     assignments: list[Assignment] = field(default_factory=list)
     unused: list[tuple[str, str, str]] = field(default_factory=list)
+    tied: tuple[Assignment, Assignment] | None = None
 
     def lines(self) -> list[str]:
         """The mapping as text: one line a tensor, `source: key -> parameter (shape)`."""
@@ -209,17 +212,19 @@ def map_weights(
         ConversionError: lists all missing, left-over, wrongly shaped and doubly given keys.
     """
     names = names or source_names(config.text_config)
-    shapes, table_names = _model_shapes(config)
+    shapes, table_names, integers = _model_shapes(config)
     replaced = components_in(sources.get(CHECKPOINT, {}), names[CHECKPOINT])
     mapping = WeightMapping()
     found: dict[str, Assignment] = {}
-    leftover, misshapen, doubled = [], [], []
+    heads: dict[str, Assignment] = {}
+    leftover, misshapen, doubled, mistyped = [], [], [], []
     for source, tensors in sources.items():
         for key, tensor in tensors.items():
             target = rename(key, names[source])
             reason = _reason_to_ignore(source, key)
             if target == "lm_head.weight" and config.tie_word_embeddings:
                 reason = "tied to the input embedding"
+                heads[source] = Assignment(target, tensor.shape, source, key, tensor)
             if reason is not None:
                 mapping.unused.append((source, key, reason))
                 continue
@@ -233,6 +238,9 @@ def map_weights(
                 found.setdefault(target, assignment)  # wrong, but not missing too
             elif source != CHECKPOINT and _component(target) in replaced:
                 mapping.unused.append((source, key, "replaced by the checkpoint"))
+            elif target not in integers and tensor.dtype not in _WEIGHT_DTYPES:
+                mistyped.append(f"{source}: {key} is {str(tensor.dtype).removeprefix('torch.')}")
+                found.setdefault(target, assignment)
             elif target in found:
                 doubled.append(f"{source}: {key} and {found[target].key} both give {target}")
             else:
@@ -242,26 +250,30 @@ def map_weights(
         for target, shape in shapes.items()
         if target not in found
     ]
-    _raise_if_any(missing=missing, leftover=leftover, misshapen=misshapen, doubled=doubled)
-    mapping.assignments = [found[target] for target in shapes]
-    return mapping
-
-
-def _raise_if_any(missing: list[str], leftover: list[str], misshapen: list[str], doubled: list[str]) -> None:
-    groups = (
+    _raise_if_any(
         (missing, "missing: parameters no source gives values for"),
         (leftover, "left over: keys without a home in the model"),
         (misshapen, "of the wrong shape"),
         (doubled, "given twice"),
+        (mistyped, "of a type that holds no weights; quantised ones are not converted"),
     )
+    mapping.assignments = [found[target] for target in shapes]
+    embedding = next(item for item in mapping.assignments if item.target in table_names)
+    if embedding.source in heads:
+        mapping.tied = (embedding, heads[embedding.source])
+    return mapping
+
+
+def _raise_if_any(*groups: tuple[list[str], str]) -> None:
     problems = [f"  {title} ({len(keys)}):\n{listed(keys)}" for keys, title in groups if keys]
     if problems:
         raise ConversionError("the weights do not fit the model\n" + "\n".join(problems))
 
 
-def _model_shapes(config: MGLlavaConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Shapes of all parameters and persistent buffers, and the names of the two vocabulary tables."""
-    with torch.device("meta"):
+def _model_shapes(config: MGLlavaConfig) -> tuple[dict[str, tuple[int, ...]], set[str], set[str]]:
+    """Shapes of all parameters and persistent buffers, the names of the two vocabulary tables and of what holds
+    integers."""
+    with refused_as("no MG-LLaVA model can be built of these parts"), torch.device("meta"):
         model = MGLlavaForConditionalGeneration(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     embedding = model.get_input_embeddings().weight
@@ -270,7 +282,8 @@ def _model_shapes(config: MGLlavaConfig) -> tuple[dict[str, tuple[int, ...]], se
     }
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    return shapes, tables
+    integers = {name for name, tensor in model.state_dict().items() if not tensor.dtype.is_floating_point}
+    return shapes, tables, integers
 
 
 def _expected_shape(

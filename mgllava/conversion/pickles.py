@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .tensors import ConversionError, LazyTensor
+from .tensors import ConversionError, LazyTensor, refused_as
 
 _LOCAL_HEADER_BYTES = 30  # fixed part of a zip member's local header; the lengths of the rest end it
 
@@ -67,7 +67,8 @@ def read_pickle(path: Path) -> Any:
                 "from and save its state_dict again"
             ) from error
         content = _read_inert(path)
-    return _plain(content, path.name, {})
+    with refused_as(f"{path.name} cannot be read as a checkpoint"):  # nested too deeply
+        return _plain(content, path.name, {})
 
 
 def _read_inert(path: Path) -> Any:

@@ -1,7 +1,8 @@
 """Tensors that stay in their files until they are wanted."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,20 @@ import torch
 
 class ConversionError(ValueError):
     """Something about the files handed to the converter is wrong; the message says what and where."""
+
+
+@contextmanager
+def refused_as(problem: str) -> Iterator[None]:
+    """Any error of the block becomes a ConversionError: `problem`, which names the file, and the cause.
+
+    For what other libraries do with a file's content: which errors a wrong value gives there is up to them.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise ConversionError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 def _open_sharded(index: Path) -> dict[str, LazyTensor]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if not (isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())):
+            raise TypeError("its weight_map does not give each tensor a file name")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConversionError(
             f"{index.name} in {index.parent.name} is no index of weight files: {error}"
         ) from error

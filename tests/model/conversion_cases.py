@@ -9,10 +9,11 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgllava.conversion import ConversionResult, convert_checkpoint
+from mgllava.conversion import ConversionError, ConversionResult, convert_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "end_to_end"
 
@@ -38,6 +39,13 @@ class Sources:
 
     def with_checkpoint(self, path: Path) -> "Sources":
         return replace(self, checkpoint=path)
+
+
+def failure(sources: Sources, output: Path | None = None, **options) -> str:
+    """The message of the ConversionError that these sources must give; a dry run unless there is an output."""
+    with pytest.raises(ConversionError) as caught:
+        sources.convert(output, dry_run=output is None, **options)
+    return str(caught.value)
 
 
 def golden_state_dict() -> dict[str, torch.Tensor]:

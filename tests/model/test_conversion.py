@@ -12,6 +12,7 @@ from conversion_cases import (
     GOLDEN,
     Sources,
     edit_safetensors,
+    failure,
     golden_state_dict,
     save_sharded,
     save_zero,
@@ -671,12 +672,6 @@ def test_sentencepiece_missing(tmp_path, monkeypatch):
 
 
 # --- errors ---------------------------------------------------------------------------------------
-
-
-def failure(sources, **options):
-    with pytest.raises(ConversionError) as caught:
-        sources.convert(None, dry_run=True, **options)
-    return str(caught.value)
 
 
 def test_missing_gamma_is_an_error(tmp_path):
