@@ -82,20 +82,22 @@ def test_tied_head_of_other_values(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_tied_head_of_the_same_values(tmp_path, stage):
+@pytest.mark.parametrize("case", ["stage 1", "stage 2", "stage 2 without a head"])
+def test_tied_head_of_the_same_values(tmp_path, case):
     """The head that counts is that of the source the embedding is from."""
     sources = edited("llm", "config.json", tmp_path, tie_word_embeddings=True)
     tensors = golden_state_dict()
-    if stage == 1:
+    if case == "stage 1":
         tensors = {name: value for name, value in tensors.items() if not name.startswith("llm.")}
 
         def tie(weights):
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
 
         edit_safetensors(sources.llm / "model.safetensors", tie)
-    else:
+    elif case == "stage 2":
         tensors[HEAD] = tensors[EMBEDDING].clone()
+    else:
+        del tensors[HEAD]
     torch.save(tensors, tmp_path / "checkpoint.pth")
     sources.with_checkpoint(tmp_path / "checkpoint.pth").convert(tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
