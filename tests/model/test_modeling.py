@@ -347,6 +347,19 @@ def test_a_language_model_that_would_go_wrong_is_refused(model_type, message):
         language_model_head(text_config)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_language_model_with_a_soft_cap_loads_in_half_precision(tmp_path, dtype):
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text_config = AutoConfig.for_model("gemma2", vocab_size=63, head_dim=8, intermediate_size=48, **settings)
+    MGLlavaForConditionalGeneration(tiny_config(text_config)).save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    assert (
+        loaded(**tiny_inputs([[2]])).logits[..., :TEXT_VOCAB].abs().max()
+        <= text_config.final_logit_softcapping
+    )
+
+
 def test_rows_that_are_added_later_are_ordinary_tokens():
     model = tiny_model()
     model.resize_token_embeddings(TEXT_VOCAB + 9)
