@@ -55,7 +55,7 @@ def check_scaling(causal: nn.Module) -> None:
     config = causal.config
     setattr(causal, causal.base_model_prefix, _PassThrough())
     causal.set_output_embeddings(_IdentityHead())
-    # Loading in half precision makes that the default dtype, too coarse for this comparison.
+    # Not the default dtype, which is a half one while such a model loads: some models scale in float32.
     probe = torch.linspace(-3, 3, config.hidden_size, device="cpu", dtype=torch.float32)[None, None]
     try:
         with torch.no_grad():

@@ -351,7 +351,10 @@ def test_a_language_model_that_would_go_wrong_is_refused(model_type, message):
 def test_a_language_model_with_a_soft_cap_loads_in_half_precision(tmp_path, dtype):
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     text_config = AutoConfig.for_model("gemma2", vocab_size=63, head_dim=8, intermediate_size=48, **settings)
-    MGLlavaForConditionalGeneration(tiny_config(text_config)).save_pretrained(tmp_path)
+    model = MGLlavaForConditionalGeneration(tiny_config(text_config))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)  # far beyond the cap
+    model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == dtype
     assert (
