@@ -8,8 +8,14 @@ from torch import Tensor
 from mgllava_kernels import backend, reference
 from mgllava_kernels._checks import check_alike, check_int, check_map, check_scale, check_size, check_tensor
 
-backend.register("roi_align", torch="mgllava_kernels._torch.roi_align")
-backend.register("pooled_roi_align", torch="mgllava_kernels._torch.roi_align")
+backend.register(
+    "roi_align", torch="mgllava_kernels._torch.roi_align", triton="mgllava_kernels._triton.roi_align"
+)
+backend.register(
+    "pooled_roi_align",
+    torch="mgllava_kernels._torch.roi_align",
+    triton="mgllava_kernels._triton.pooled_roi_align",
+)
 
 NO_REMEDY = "RoIAlign has first derivatives only, on every backend"
 

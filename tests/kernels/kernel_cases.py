@@ -2,12 +2,27 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PATHS = ("torch", "reference")
+
+# Triton kernels run on the GPU where there is one, else in Triton's interpreter on the CPU.
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_DTYPES = (
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            KERNEL_DEVICE == "cpu", reason="needs a GPU: Triton's interpreter multiplies bfloat16 wrongly"
+        ),
+    ),
+)
+
 GOLDEN_TOLERANCE = 1e-4  # the reach that the golden files' README states for float32 paths
 
 # The golden files name the fusion's layers as the original does.
