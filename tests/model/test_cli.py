@@ -241,6 +241,7 @@ def test_a_backend_that_cannot_be_is_refused_before_the_model_loads(
     run, converted_golden, monkeypatch, value, message
 ):
     monkeypatch.setenv("MGLLAVA_KERNELS", value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(
         "mgllava.chat.AutoModelForImageTextToText.from_pretrained", lambda *a, **k: pytest.fail("loaded")
     )
