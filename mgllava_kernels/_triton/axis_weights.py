@@ -45,6 +45,25 @@ def _position(i, start, bin_size, points, first_bin, bins):
 
 
 @triton.jit
+def within(value, limit):
+    """`value` (float32) brought into [0, limit] as int32; NaN becomes 0."""
+    return tl.where(value > 0, tl.where(value < limit, value, limit), 0.0).to(tl.int32)
+
+
+@triton.jit
+def touched_rows(start, bin_size, points, first_bin, bins, size):
+    """The first row and the one after the last that samples of these bins may touch, int32 in [0, size].
+
+    One row wider on each side than the samples reach: where a sample falls on a row, rounding may give its
+    neighbour a weight of some 1e-7.
+    """
+    count = points * bins
+    lowest = _position(tl.zeros_like(count), start, bin_size, points, first_bin, bins)
+    highest = _position(tl.maximum(count - 1, 0.0), start, bin_size, points, first_bin, bins)
+    return within(tl.floor(lowest) - 1, size), within(tl.floor(highest) + 3, size)
+
+
+@triton.jit
 def _samples_before(distance, step, count):
     """How many samples lie before a coordinate `distance` after the first one."""
     before = tl.ceil(tl.div_rn(distance, tl.maximum(step, TINY)))
@@ -85,33 +104,44 @@ def sample_run(start, bin_size, points, first_bin, bins, size):
 
 
 @triton.jit
-def _between(row, base, origin, step, count, enter, leave):
-    """Samples before `row`, before `row` + 1, and the summed distances of those between from `row`."""
+def samples_before(row, base, origin, step, count, enter, leave):
+    """How many samples of a run lie before `row`; those that enter too early or leave never pass it."""
     before = _samples_before(row - base - origin, step, count)
-    before = tl.minimum(tl.maximum(before, enter), leave)
-    after = _samples_before(row + 1 - base - origin, step, count)
-    after = tl.minimum(tl.maximum(after, enter), leave)
-    number = after - before
+    return tl.minimum(tl.maximum(before, enter), leave)
+
+
+@triton.jit
+def distances(row, before, number, base, origin, step):
+    """Summed distances from `row` of the `number` samples after the first `before`, up to the next row."""
     # Distances from the whole number below the first sample keep the digits that large coordinates lose.
-    first_distance = origin + before * step - (row - base)
-    distances = number * (first_distance + step * ((number - 1) * 0.5))
-    return before, number, tl.minimum(tl.maximum(distances, 0.0), number)
+    first = origin + before * step - (row - base)
+    total = number * (first + step * ((number - 1) * 0.5))
+    return tl.minimum(tl.maximum(total, 0.0), number)
+
+
+@triton.jit
+def row_weight(row, size, before, number, to_row, from_previous, count, enter, leave):
+    """Average hat weight of `row` with RoIAlign's edge rules; zero outside [0, size).
+
+    `to_row` are the `distances` of the `number` samples between `row` and the next, `from_previous` those of
+    the samples before it from the previous row. Samples between -1 and 0 belong to row 0, those from the last
+    row on to the last row.
+    """
+    weight = tl.where(row == size - 1, leave - before, number - to_row)
+    weight += tl.where(row == 0, before - enter, from_previous)
+    weight = tl.div_rn(weight, tl.maximum(count, 1.0))
+    return tl.where((row >= 0) & (row < size), weight, 0.0)
 
 
 @triton.jit
 def axis_weight(row, size, base, origin, step, count, enter, leave):
-    """Average hat weight of `row` (float32) over a `sample_run`, with RoIAlign's edge rules.
-
-    Samples between -1 and 0 belong to row 0, those from the last row on to the last row. Zero outside
-    [0, size).
-    """
-    before, number, distances = _between(row, base, origin, step, count, enter, leave)
-    _, _, from_previous = _between(row - 1, base, origin, step, count, enter, leave)
-    last = row == size - 1
-    weight = tl.where(last, leave - before, number - distances)
-    weight += tl.where(row == 0, before - enter, from_previous)
-    weight = tl.div_rn(weight, tl.maximum(count, 1.0))
-    return tl.where((row >= 0) & (row < size), weight, 0.0)
+    """`row_weight` of `row` (float32) over a `sample_run`."""
+    previous = samples_before(row - 1, base, origin, step, count, enter, leave)
+    before = samples_before(row, base, origin, step, count, enter, leave)
+    number = samples_before(row + 1, base, origin, step, count, enter, leave) - before
+    from_previous = distances(row - 1, previous, before - previous, base, origin, step)
+    to_row = distances(row, before, number, base, origin, step)
+    return row_weight(row, size, before, number, to_row, from_previous, count, enter, leave)
 
 
 @triton.jit
