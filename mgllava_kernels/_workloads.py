@@ -1,0 +1,151 @@
+"""What each Triton op is compiled ahead of time and tuned for: calls at published sizes.
+
+`mgllava_kernels.aot` makes the calls on meta tensors, `mgllava_kernels.tune` on a GPU. An op takes part in
+both by one entry in OPS; its kernels and their spaces are found by watching what it launches and chooses.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgllava_kernels import configs
+from mgllava_kernels._triton import launch
+from mgllava_kernels._triton.launch import Target
+from mgllava_kernels.configs import Request
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Arguments = Callable[[torch.dtype, str, torch.device], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of an op. `arguments` makes random arguments for a dtype, a layout and a device."""
+
+    name: str
+    arguments: Arguments
+
+
+@dataclass(frozen=True)
+class Op:
+    """A host function of `mgllava_kernels._triton`, imported when it is called.
+
+    `layouts` are those of FORMATS in which the op takes its maps.
+    """
+
+    name: str
+    module: str
+    workloads: tuple[Workload, ...]
+    layouts: tuple[str, ...] = tuple(FORMATS)
+
+    def call(self, arguments: tuple[Any, ...]) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)(*arguments)
+
+
+def select(names: Sequence[str], ops: Sequence[Op]) -> list[Op]:
+    """The ops of these names, or all if there are none.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    known = {op.name: op for op in ops}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"op must be one of {', '.join(known)}; got {name!r}")
+    return [known[name] for name in names] or list(ops)
+
+
+def select_dtypes(names: Sequence[str]) -> list[torch.dtype]:
+    """The dtypes of these names, or all if there are none.
+
+    Raises:
+        ValueError: the kernels do not take such a dtype.
+    """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"dtype must be one of {', '.join(known)}; got {name!r}")
+    return [known[name] for name in names] or list(DTYPES)
+
+
+def requests_of(op: Op, target: Target, dtype: torch.dtype, layout: str) -> list[tuple[Op, list[Request]]]:
+    """What each workload of `op` asks `choose`, each with the op of that workload alone; nothing is compiled.
+
+    Of several requests that tables do not tell apart one is kept.
+    """
+    found = []
+    for workload in op.workloads:
+        one = dataclasses.replace(op, workloads=(workload,))
+        with launch.compile_only(target, lambda *_: None), configs.observe() as observed:
+            one.call(workload.arguments(dtype, layout, torch.device("meta")))
+        distinct = {(request.space.kernel, request.key, request.count): request for request in observed}
+        found.append((one, list(distinct.values())))
+    return found
+
+
+def maps(shape: Sequence[int], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
+    """Random maps of `shape` (B, C, H, W)."""
+    return torch.randn(*shape, dtype=dtype, device=device).contiguous(memory_format=FORMATS[layout])
+
+
+def random_boxes(images: int, per_image: int, width: int, height: int, device: torch.device) -> Tensor:
+    """Boxes (images · per_image, 5) in whole pixels of a picture, picture after picture."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(images * per_image, 2, 2, generator=generator) * torch.tensor([width, height])
+    index = torch.arange(images).repeat_interleave(per_image).unsqueeze(1)
+    return torch.cat([index, corners.amin(1).round(), corners.amax(1).round()], dim=1).to(device)
+
+
+# ConvNeXt-L's stages for a picture of 768 pixels: channels and side.
+STAGES = ((192, 192), (384, 96), (768, 48), (1536, 24))
+PICTURE = 768
+BINS = 56
+# Pictures, boxes in each. A picture without detections has one box.
+PICTURES = ((1, 100), (8, 100), (32, 100), (1, 60), (1, 30), (1, 10), (1, 1))
+
+
+def _stage_shapes(images: int) -> list[tuple[int, int, int, int]]:
+    return [(images, channels, side, side) for channels, side in STAGES]
+
+
+def _pooled_arguments(
+    images: int, per_image: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    features = [maps(shape, dtype, layout, device) for shape in _stage_shapes(images)]
+    boxes = random_boxes(images, per_image, PICTURE, PICTURE, device)
+    return features, boxes, STAGES[0][1] / PICTURE, BINS, BINS, -1, False
+
+
+def _pooled_backward_arguments(
+    images: int, per_image: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    boxes = random_boxes(images, per_image, PICTURE, PICTURE, device)
+    channels = sum(channels for channels, _ in STAGES)
+    grad = torch.randn(len(boxes), channels, dtype=dtype, device=device)
+    shapes, levels = _stage_shapes(images), list(range(len(STAGES)))
+    return grad, boxes, shapes, levels, STAGES[0][1] / PICTURE, BINS, BINS, -1, False
+
+
+def _pooled(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...]:
+    return tuple(
+        Workload(f"{images} x {per_image} boxes", partial(arguments, images, per_image))
+        for images, per_image in PICTURES
+    )
+
+
+OPS = (
+    Op("pooled_roi_align", "mgllava_kernels._triton.pooled_roi_align", _pooled(_pooled_arguments)),
+    Op(
+        "pooled_roi_align_backward",
+        "mgllava_kernels._triton.pooled_roi_align",
+        _pooled(_pooled_backward_arguments),
+        layouts=("contiguous",),
+    ),
+)

@@ -1,0 +1,298 @@
+"""Compilation ahead of time: what the kernels become on each target, and what is reported of it.
+
+Kernels are compiled in processes of their own: in this one Triton's interpreter may be on. That no candidate
+of the tuner spills takes too long for a test: `python -m mgllava_kernels.aot --candidates`.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from typer.testing import CliRunner
+
+from mgllava_kernels import _machine_code, aot, configs
+from mgllava_kernels._triton.launch import Target, target_of
+from mgllava_kernels._workloads import OPS, Op, Workload
+from mgllava_kernels.aot import TARGETS
+from mgllava_kernels.configs import Config, Space, choose, tables
+
+ROOT = Path(__file__).parents[2]
+
+
+def compiled(work: str, folder: Path):
+    """The result of `aot_cases.py WORK`, compiled anew."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    environment.pop(tables.ENVIRONMENT_VARIABLE, None)
+    command = [sys.executable, str(Path(__file__).parent / "aot_cases.py"), work, str(folder / "result.json")]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory) -> dict[tuple[str, str], list[dict]]:
+    results = compiled("cases", tmp_path_factory.mktemp("cases"))
+    found: dict[tuple[str, str], list[dict]] = {}
+    for result in results:
+        found.setdefault((result["op"], result["target"]), []).append(result)
+    return found
+
+
+def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
+    """Other box counts, other batch, other tensors: the same keys in Triton's cache.
+
+    Holds Triton to what it is used for: `driver.set_active`, kernels kept by device, `warmup`.
+    """
+    result = compiled("keys", tmp_path)
+    assert result["launched"].items() <= result["ahead"].items()
+    assert result["launched"]
+    assert result["new"] == []
+    assert result["inside"] == ["cuda", 90, 32]
+    assert result["restored"]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_what_a_kernel_uses_is_reported(cases, target):
+    (copies,), (adds,), (multiplies,) = (
+        cases[name, target] for name in ("copies", "adds atomically", "multiplies")
+    )
+    for one in (copies, adds, multiplies):
+        assert one["failure"] is None
+        assert one["line"] == ""
+        assert 0 < one["usage"]["registers"] <= 255
+        assert one["usage"]["stack_bytes"] == 0
+        assert one["options"]["BLOCK"] in (4096, 128, 64)
+        assert one["workload"] == "a vector"
+    assert copies["kernel"] == "_copy_kernel"
+    assert copies["instructions"]["loads"].keys() == {"16"}
+    assert copies["instructions"]["atomics"] == 0
+    assert copies["instructions"]["matrix"] == {}
+    assert adds["instructions"]["atomics"] > 0
+    assert multiplies["shared_memory"] > 0
+    kinds = {"sm_90": {"wgmma.mma_async"}, "gfx942": {"v_mfma"}}
+    assert multiplies["instructions"]["matrix"].keys() == kinds[target]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("spills", "spills: "),
+        ("asks for too much", "bytes of shared memory, sm_90 has 1024"),
+        ("does not compile", "too large for this kernel"),
+        ("raises", "KeyError: 'a defect of the host function'"),
+        ("dies", "the compiler brought its process down"),
+    ],
+)
+def test_what_fails_is_reported_with_the_reason(cases, name, reason):
+    (failed,) = cases[name, "sm_90"]
+    assert reason in failed["failure"]
+    assert f"on sm_90 ({name} bfloat16 contiguous): " in failed["line"]
+    assert reason in failed["line"]
+
+
+def test_a_process_that_dies_costs_no_other_job(cases):
+    assert [one["failure"] for one in cases["survives", "sm_90"]] == [None]
+
+
+def test_instructions_are_counted_in_ptx():
+    text = """
+    @%p7 ld.global.b32 { %r115 }, [ %rd22 + 0 ];
+    @%p7 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd22 + 0 ];
+    ld.global.v2.b64 { %rd1, %rd2 }, [ %rd22 + 0 ];
+    ld.volatile.global.b16 %rs1, [ %rd22 ];
+    ld.global.v8.b32 { %r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8 }, [ %rd22 + 0 ];
+    ld.param.b64 %rd15, [k_param_21];
+    ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [global_smem];
+    cp.async.cg.shared.global [ %r57 + 0 ], [ %rd2 + 0 ], 0x10, %r58;
+    cp.async.ca.shared.global [ %r57 + 0 ], [ %rd2 + 0 ], 0x4;
+    cp.async.wait_group 0;
+    @%p1 atom.global.gpu.acq_rel.add.f32 %r1, [ %rd1 + 0 ], %r2;
+    red.global.add.f32 [%rd1], %f1;
+    redux.sync.add.s32 %r1, %r2, 0xffffffff;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {}, {}, {}, {};
+    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {}, %rd1, %rd2, 1, 1, 1, 0, 0;
+    tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r2, %p1;
+    """
+    found = _machine_code.ptx_instructions(text)
+    assert found.loads == {2: 1, 4: 2, 16: 3, 32: 1}
+    assert found.atomics == 2
+    assert found.matrix == {"mma.sync": 1, "tcgen05.mma": 1, "wgmma.mma_async": 1}
+
+
+def test_instructions_and_registers_are_read_from_amd_assembly():
+    text = """
+    buffer_load_dword v63, v18, s[20:23], 0 offen
+    global_load_dwordx4 v[18:21], v[18:19], off
+    buffer_load_dwordx4 v[18:21], v18, s[20:23], 0 offen
+    global_load_ushort v1, v[2:3], off
+    buffer_load_ubyte v1, v2, s[20:23], 0 offen
+    global_load_lds_dwordx4 v[2:3], off
+    s_load_dwordx4 s[0:3], s[4:5], 0x0
+    v_mfma_f32_32x32x8_bf16_1k v[0:15], v[16:17], v[18:19], v[0:15]
+    global_atomic_add_f32 v[0:1], v2, off
+  - .agpr_count:     0
+    .private_segment_fixed_size: 12
+    .sgpr_spill_count: 5
+    .vgpr_count:     114
+    .vgpr_spill_count: 3
+    """
+    found = _machine_code.amd_instructions(text)
+    assert found.loads == {1: 1, 2: 1, 4: 1, 16: 3}
+    assert (found.atomics, found.matrix) == (1, {"v_mfma": 1})
+    assert _machine_code.amd_usage(text) == _machine_code.Usage(114, 12, 3, 5)
+    with pytest.raises(ValueError, match="no .vgpr_spill_count"):
+        _machine_code.amd_usage(text.replace("vgpr_spill", "other"))
+
+
+def config(block: int) -> Config:
+    return Config((("BLOCK", block),), 4, 1)
+
+
+SPACE = Space(
+    "asked",
+    lambda *_: config(16),
+    lambda *_: [config(16), config(32), config(64), config(48)],
+    lambda config, dtype: 1024 * dict(config.blocks)["BLOCK"],
+)
+
+
+class Asking(Op):
+    """An op that chooses a config and launches nothing."""
+
+    def call(self, arguments):
+        (x,) = arguments
+        choose(SPACE, target_of(x.device), x.dtype, {"columns": 8}, len(x))
+
+
+def asking(*counts: int) -> Asking:
+    def rows(count):
+        return Workload(
+            f"{count} rows", lambda dtype, layout, device: (torch.empty(count, 8, device=device),)
+        )
+
+    return Asking("asks", "", tuple(rows(count) for count in counts), ("contiguous",))
+
+
+def planned(target: Target, candidates: bool = False, dtypes=(torch.float32,)):
+    jobs = aot.plan([asking(3, 4, 4)], [target], dtypes, candidates)
+    return [(job.target.name, len(job.op.workloads), job.forced) for job in jobs]
+
+
+def test_without_tables_every_call_is_compiled_as_it_is_launched():
+    assert planned(TARGETS["sm_90"]) == [("sm_90", 3, None)]
+
+
+def test_candidates_are_compiled_for_each_request_once():
+    jobs = planned(TARGETS["sm_90"], candidates=True)
+    assert jobs[0] == ("sm_90", 3, None)
+    forced = [(job.count, job.config, job.sizes, workloads) for _, workloads, job in jobs[1:]]
+    sizes = (("columns", 8),)
+    assert forced == [(count, config(block), sizes, 1) for count in (3, 4) for block in (32, 64)]
+    assert len(planned(TARGETS["gfx942"], candidates=True)) == 1 + 2 * 2
+    small = Target("cuda", 75, "small", 40, 32768, 32)
+    assert [job.config for _, _, job in planned(small, candidates=True)[1:]] == [config(32)] * 2
+
+
+def test_tuned_tables_are_compiled_for_their_device(tmp_path, monkeypatch):
+    monkeypatch.setenv(tables.ENVIRONMENT_VARIABLE, str(tmp_path))
+    configs.reload()
+    device = Target("cuda", 90, "NVIDIA H200", 132, 232448, 32)
+    record = {name: getattr(device, name) for name in tables.TARGET_FIELDS}
+    entries = [
+        tables.Entry(dtype, (("columns", 8),), count, config(block), {}, {}, 0)
+        for dtype, count, block in (
+            (torch.float32, 3, 32),
+            (torch.float32, 100, 64),
+            (torch.float32, 1000, 64),
+            (torch.float16, 3, 16),
+        )
+    ]
+    table = tables.Table("asked", device.name, record, [{}], entries)
+    tables.write(tables.path_of(tmp_path, "asked", device.name), table)
+    tuned = [("NVIDIA H200", 1, aot.Forced("asked", config(block))) for block in (32, 64)]
+    assert planned(TARGETS["sm_90"]) == [("sm_90", 3, None), *tuned]
+    assert planned(device) == [("NVIDIA H200", 3, None), *tuned]
+    for other in (TARGETS["sm_80"], Target("cuda", 90, "NVIDIA H100", 132, 232448, 32)):
+        assert planned(other) == [(other.name, 3, None)]
+    configs.reload()
+
+
+def test_kernels_of_the_interpreter_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    output = tmp_path / "kernels.json"
+    result = CliRunner().invoke(aot.app, ["--target", "sm_90", "--op", OPS[0].name, "--json", str(output)])
+    assert result.exit_code == 1
+    assert "cannot be compiled while TRITON_INTERPRET is set" in result.output
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--target", "sm_75"],
+            "target must be native or one of sm_80, sm_89, sm_90, sm_100, gfx942; got 'sm_75'",
+        ),
+        (["--op", "roi"], "op must be one of pooled_roi_align"),
+        (["--dtype", "float64"], "dtype must be one of bfloat16, float16, float32; got 'float64'"),
+    ],
+)
+def test_unknown_names_are_errors_that_list_the_known(arguments, message):
+    result = CliRunner().invoke(aot.app, arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_native_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(aot.app, ["--target", "native"])
+    assert result.exit_code == 1
+    assert "the target native needs a GPU" in result.output
+
+
+def test_the_command_lists_what_it_compiled_and_fails_on_failures(monkeypatch, tmp_path):
+    usage = _machine_code.Usage(40, 8, 0, 2)
+    instructions = _machine_code.Instructions(1, {4: 2, 16: 3}, {"mma.sync": 5})
+    fine = aot.Built("op", "bfloat16", "contiguous", "sm_90", "call", "_kernel", {"BLOCK": 16}, 2048, 0.5)
+    spilling = dataclasses.replace(fine, hash="a", shared_memory=1024, usage=usage, instructions=instructions)
+    again = dataclasses.replace(spilling, layout="channels_last")
+    monkeypatch.setattr(aot, "compile_jobs", lambda *_: [spilling, again])
+    monkeypatch.setattr(aot, "OPS", [asking(3)])
+    output = tmp_path / "kernels.json"
+    result = CliRunner().invoke(aot.app, ["--target", "sm_90", "--json", str(output)])
+    assert result.exit_code == 1
+    (row,) = [line for line in result.output.splitlines() if "│ _kernel" in line]
+    for cell in ("contiguous, channels_last", "8 B, 2 scalar", "mma.sync 5", "3 of 5"):
+        assert cell in row
+    assert result.output.count("failed:") == 1
+    assert "spills: 8 bytes of stack" in result.output
+    kernels = json.loads(output.read_text())["kernels"]
+    assert [one["layout"] for one in kernels] == ["contiguous", "channels_last"]
+    assert kernels[0]["failure"].startswith("spills")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_native_loads_what_it_compiled_onto_the_gpu(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-m",
+        "mgllava_kernels.aot",
+        "--target",
+        "native",
+        "--op",
+        OPS[0].name,
+        "--dtype",
+        "bfloat16",
+    ]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
