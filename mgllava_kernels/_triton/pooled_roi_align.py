@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgllava_kernels._triton.feature_layout import feature_layout
 from mgllava_kernels._triton.launch import Target, half, launch, multiple, odd, target_of
-from mgllava_kernels._triton.pooled_slots import BLOCK_P, Samples, fill_slots
+from mgllava_kernels._triton.pooled_slots import Samples, fill_slots
 from mgllava_kernels._triton.precision import dot_precision
 from mgllava_kernels.configs import Config, Sizes, Space, choose
 
@@ -52,7 +52,7 @@ def pooled_roi_align(
     blocks = dict(config.blocks)
     waves = blocks.pop("WAVES")
     samples = Samples(spatial_scale, output_height, output_width, sampling_ratio, aligned)
-    slots = fill_slots(boxes, shapes, samples, blocks["BLOCK_K"], blocks["BLOCK_X"])
+    slots = fill_slots(boxes, shapes, samples, blocks)
     heights = _rows_per_program(shapes, len(boxes), config, waves * target.multiprocessors)
     splits = [triton.cdiv(shape[2], height) for shape, height in zip(shapes, heights, strict=True)]
     partial_sizes = [
@@ -78,7 +78,6 @@ def pooled_roi_align(
         ALIGN_C=_channel_alignment(dtype, shapes),
         SCALE=FLOAT16_SCALE if dtype == torch.float16 else 1.0,
         PRECISION=dot_precision(dtype, target),
-        BLOCK_P=BLOCK_P,
         **blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -124,7 +123,7 @@ def pooled_roi_align_backward(
     config = choose(BACKWARD, target, dtype, _sizes(shapes), triton.cdiv(len(boxes), images))
     blocks = dict(config.blocks)
     samples = Samples(spatial_scale, output_height, output_width, sampling_ratio, aligned)
-    slots = fill_slots(boxes, shapes, samples, blocks["BLOCK_K"], blocks["BLOCK_X"])
+    slots = fill_slots(boxes, shapes, samples, blocks)
     grad = grad.contiguous()
     _, align = feature_layout(results)
     launch(
@@ -141,7 +140,6 @@ def pooled_roi_align_backward(
         ALIGN_C=_channel_alignment(dtype, shapes),
         SCALE=FLOAT16_SCALE if dtype == torch.float16 else 1.0,
         PRECISION=dot_precision(dtype, target),
-        BLOCK_P=BLOCK_P,
         **blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -505,45 +503,50 @@ def _transposed_product_kernel(
 def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     """As many rows as a picture has boxes, up to 128: a second slot reads the maps again."""
     if target.backend == "interpreter":
-        return _forward_config(32, 32, 16, 4, 4, 1)
+        return _forward_config(32, 32, 16, 16, 4, 4, 1)
     rows = _slot_rows(count, 128)
     # IEEE products of float32 unroll BLOCK_X in registers; with 32 columns they spill on sm_80.
     columns = 64 if dtype.itemsize == 2 else 16
-    return _forward_config(rows, 64, columns, 4, 8 if rows == 128 else 4, 3)
+    return _forward_config(rows, 64, columns, 8, 4, 8 if rows == 128 else 4, 3)
 
 
 def _backward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
-        return _backward_config(32, 32, 16, 3, 4, 1)
+        return _backward_config(32, 32, 16, 16, 3, 4, 1)
     # IEEE products of float32 unroll BLOCK_K in registers; 64 boxes spill on sm_80.
     rows = _slot_rows(count, 64) if dtype.itemsize == 2 else 16
-    return _backward_config(rows, 64, 64, 8, 4, 2)
+    return _backward_config(rows, 64, 64, 8, 8, 4, 2)
 
 
 def _slot_rows(count: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(count)))
 
 
-def _forward_config(boxes: int, channels: int, columns: int, waves: int, warps: int, stages: int) -> Config:
-    blocks = (("BLOCK_K", boxes), ("BLOCK_C", channels), ("BLOCK_X", columns), ("WAVES", waves))
-    return Config(blocks, warps, stages)
+def _forward_config(*numbers: int) -> Config:
+    """Boxes of a slot; channels, columns and weight positions of a program; WAVES; warps, stages.
+
+    WAVES programs are made for each multiprocessor, as far as there is work.
+    """
+    names = ("BLOCK_K", "BLOCK_C", "BLOCK_X", "BLOCK_P", "WAVES")
+    return Config(tuple(zip(names, numbers[:5], strict=True)), *numbers[5:])
 
 
-def _backward_config(boxes: int, channels: int, columns: int, rows: int, warps: int, stages: int) -> Config:
-    blocks = (("BLOCK_K", boxes), ("BLOCK_C", channels), ("BLOCK_X", columns), ("ROWS", rows))
-    return Config(blocks, warps, stages)
+def _backward_config(*numbers: int) -> Config:
+    """Boxes of a slot; channels, columns, weight positions and rows of a program; warps, stages."""
+    names = ("BLOCK_K", "BLOCK_C", "BLOCK_X", "BLOCK_P", "ROWS")
+    return Config(tuple(zip(names, numbers[:5], strict=True)), *numbers[5:])
 
 
 def _forward_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterable[Config]:
     rows = _slot_rows(count, 128)
     columns = (32, 64) if dtype.itemsize == 2 else (16, 32)
-    choices = sorted({rows, max(16, rows // 2)}), (64, 128), columns, (2, 4, 8), (4, 8), (2, 3, 4)
+    choices = sorted({rows, max(16, rows // 2)}), (64, 128), columns, (8,), (2, 4, 8), (4, 8), (2, 3, 4)
     return (_forward_config(*choice) for choice in product(*choices))
 
 
 def _backward_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterable[Config]:
     most = _slot_rows(count, 128 if dtype.itemsize == 2 else 32)
-    choices = sorted({most, max(16, most // 2)}), (64, 128), (32, 64), (4, 8, 16), (4, 8), (2, 3)
+    choices = sorted({most, max(16, most // 2)}), (64, 128), (32, 64), (8,), (4, 8, 16), (4, 8), (2, 3)
     return (_backward_config(*choice) for choice in product(*choices))
 
 

@@ -6,7 +6,7 @@ offsets[i] the first of picture i, its slots begin at offsets[i] // BLOCK_K + i.
 ⌈n_i / BLOCK_K⌉ slots each, K // BLOCK_K + B + 1 in all. Boxes of no picture form a last group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,8 +25,6 @@ from mgllava_kernels._triton.axis_weights import (
 from mgllava_kernels._triton.box_groups import group_boxes
 from mgllava_kernels._triton.launch import half, launch, odd
 
-# Positions a program of the weight kernel computes; the rows of a level are padded to it.
-BLOCK_P = 8
 # Pictures among which a slot's own is looked up at once.
 BLOCK_IMAGES = tl.constexpr(128)
 
@@ -64,9 +62,14 @@ class Slots(NamedTuple):
 
 
 def fill_slots(
-    boxes: Tensor, shapes: Sequence[Sequence[int]], samples: Samples, BLOCK_K: int, BLOCK_X: int
+    boxes: Tensor, shapes: Sequence[Sequence[int]], samples: Samples, blocks: Mapping[str, int]
 ) -> Slots:
-    """Slots of `boxes` (K, 5) float32 for levels of `shapes` (B, C, H, W), the finest first; K > 0."""
+    """Slots of `boxes` (K, 5) float32 for levels of `shapes` (B, C, H, W), the finest first; K > 0.
+
+    Of `blocks`, BLOCK_K is the size of a slot and BLOCK_P the positions a program computes, a divisor of
+    BLOCK_X.
+    """
+    BLOCK_K, BLOCK_P, BLOCK_X = blocks["BLOCK_K"], blocks["BLOCK_P"], blocks["BLOCK_X"]
     images, _, height, width = shapes[0]
     count = len(boxes) // BLOCK_K + images + 1
     positions = sum(_padded(shape[2], BLOCK_P) + _padded(shape[3], BLOCK_X) for shape in shapes)
