@@ -41,6 +41,8 @@ from mgllava_kernels.configs import Config, Request, tables
 MARGIN = 0.01
 # How many candidates are measured once more, beside the heuristic: the best of many is lucky, too.
 FINALISTS = 3
+# What Triton raises, as a bare RuntimeError, when one of its passes gives up.
+COMPILER_FAILED = "PassManager::run failed"
 # Sets of arguments for one call: as many as exceed the L2 cache twice, at most these.
 MAX_SETS = 64
 # Of ‖candidate − heuristic‖ / ‖heuristic‖, in units in the last place of the dtype: candidates sum in other
@@ -234,9 +236,13 @@ class Tuner:
                     _check(_tensors(call.runs[0]()), call)
             return self._times(request, config, calls)
         except (OutOfResources, PTXASError, CompilationError, torch.OutOfMemoryError, WrongResult) as error:
-            wrong = isinstance(error, WrongResult)
-            self.skipped.append(Skipped(request.space.kernel, config, f"{error}", wrong))
-            return None
+            reason, wrong = f"{error}", isinstance(error, WrongResult)
+        except RuntimeError as error:
+            if COMPILER_FAILED not in str(error):
+                raise
+            reason, wrong = f"{error}", False
+        self.skipped.append(Skipped(request.space.kernel, config, reason, wrong))
+        return None
 
     @contextmanager
     def _tuned_so_far(self) -> Iterator[None]:

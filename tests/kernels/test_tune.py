@@ -48,13 +48,19 @@ def space(candidates=CANDIDATES, kernel: str = "double") -> Space:
 
 
 def double(x, of: Space):
-    """Twice x; a BLOCK of 64 asks for more than there is."""
+    """Twice x; a BLOCK of 64 asks for more than there is, one of 128 is too much for the compiler."""
     target = target_of(x.device)
     chosen = choose(of, target, x.dtype, {"columns": x.shape[1]}, len(x))
     launched.append(chosen)
     block = dict(chosen.blocks)["BLOCK"]
-    if block == 64 and x.device.type != "meta":
+    if x.device.type == "meta":
+        return x
+    if block == 64:
         raise OutOfResources(2**20, 2**10, "shared memory")
+    if block == 128:
+        raise RuntimeError("PassManager::run failed")
+    if block == 256:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     out = torch.empty_like(x)
     args = (x, out, x.numel())
     launch(_double_kernel, triton.cdiv(x.numel(), block), x.device, args, **chosen.options)
@@ -164,6 +170,16 @@ def test_what_runs_out_of_resources_is_skipped_with_the_reason(tmp_path):
     assert "out of resource: shared memory, Required: 1048576" in run.skipped[0].reason
     assert config(64) not in clock.measured
     assert config(48) not in launched, "an illegal candidate is not even tried"
+
+
+def test_what_the_compiler_gives_up_on_is_skipped_and_other_errors_are_not(tmp_path):
+    run = tuner(tmp_path, Clock(b16=3.0))
+    run.run([op(space=space([config(128)]))], [torch.float32])
+    assert [(skipped.config, skipped.reason) for skipped in run.skipped] == [
+        (config(128), "PassManager::run failed")
+    ]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run.run([op(rows(9), space=space([config(256)]))], [torch.float32])
 
 
 def test_a_candidate_with_other_results_is_not_timed(tmp_path):
