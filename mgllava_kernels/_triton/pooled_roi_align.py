@@ -507,14 +507,17 @@ def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: 
     rows = _slot_rows(count, 128)
     # IEEE products of float32 unroll BLOCK_X in registers; with 32 columns they spill on sm_80.
     columns = 64 if dtype.itemsize == 2 else 16
-    return _forward_config(rows, 64, columns, 8, 4, 8 if rows == 128 else 4, 3)
+    # A third stage spills a register on sm_100.
+    stages = 2 if target.capability >= 100 else 3
+    return _forward_config(rows, 64, columns, 8, 4, 8 if rows > 32 else 4, stages)
 
 
 def _backward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _backward_config(32, 32, 16, 16, 3, 4, 1)
-    # IEEE products of float32 unroll BLOCK_K in registers; 64 boxes spill on sm_80.
-    rows = _slot_rows(count, 64) if dtype.itemsize == 2 else 16
+    # IEEE products of float32 unroll BLOCK_K in registers; 64 boxes spill on sm_80, of 16 bits on sm_100.
+    most = 32 if target.capability >= 100 else 64
+    rows = _slot_rows(count, most) if dtype.itemsize == 2 else 16
     return _backward_config(rows, 64, 64, 8, 8, 4, 2)
 
 

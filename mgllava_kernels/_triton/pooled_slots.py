@@ -100,7 +100,7 @@ def fill_slots(
         BLOCK_K=BLOCK_K,
         BLOCK_P=BLOCK_P,
         BLOCK_X=BLOCK_X,
-        num_warps=4,
+        num_warps=8 if BLOCK_K > 64 else 4,  # four spill on sm_100
         # A sample that must lie on an edge lies beside it when sums are contracted.
         enable_fp_fusion=False,
     )
@@ -206,15 +206,15 @@ def _fill_slots_kernel(
     begin = 0
     for level in tl.static_range(len(sizes)):
         for axis in tl.static_range(2):
-            number = half(sizes[level][axis])
+            length = half(sizes[level][axis])
             inside = position >= begin
             level_begin = tl.where(inside, begin, level_begin)
-            size = tl.where(inside, number, size)
+            size = tl.where(inside, length, size)
             horizontal = tl.where(inside, axis == 1, horizontal)
             if axis == 1:
-                begin += tl.cdiv(number, BLOCK_X) * BLOCK_X
+                begin += tl.cdiv(length, BLOCK_X) * BLOCK_X
             else:
-                begin += tl.cdiv(number, BLOCK_P) * BLOCK_P
+                begin += tl.cdiv(length, BLOCK_P) * BLOCK_P
     fine_size = tl.where(horizontal, width, height)
     bins = tl.where(horizontal, bins_x, bins_y)
     column = tl.where(horizontal, 1, 2)
