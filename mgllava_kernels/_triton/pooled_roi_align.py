@@ -507,9 +507,9 @@ def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: 
     rows = _slot_rows(count, 128)
     # IEEE products of float32 unroll BLOCK_X in registers; with 32 columns they spill on sm_80.
     columns = 64 if dtype.itemsize == 2 else 16
-    # A third stage spills a register on sm_100.
-    stages = 2 if target.capability >= 100 else 3
-    return _forward_config(rows, 64, columns, 8, 4, 8 if rows > 32 else 4, stages)
+    # On sm_100 four warps, or a third stage, spill a register.
+    warps, stages = (8, 2) if target.capability >= 100 else (8 if rows > 32 else 4, 3)
+    return _forward_config(rows, 64, columns, 8, 4, warps, stages)
 
 
 def _backward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
