@@ -252,12 +252,13 @@ def plan(
     A table belongs to a target of its device's name, and to a target of TARGETS of the same architecture; its
     configs are compiled for its own device. With `candidates` every legal candidate is compiled as well.
     """
+    # Neighbours run at the same time: of different targets, they do not compile the same kernel twice.
     jobs = [
         Job(op, target, dtype, layout)
-        for target in targets
         for op in ops
         for dtype in dtypes
         for layout in op.layouts
+        for target in targets
     ]
     for path in tables.find():
         table = tables.read(path)

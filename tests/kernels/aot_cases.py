@@ -1,6 +1,6 @@
 """Kernels and ops to compile in a process of its own, where Triton's interpreter is off; see test_aot.py.
 
-    python aot_cases.py cases|keys OUTPUT
+    python aot_cases.py ops|cases|keys OUTPUT
 
 writes JSON to OUTPUT.
 """
@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mgllava_kernels._triton import box_groups, launch
-from mgllava_kernels._workloads import PICTURE, Op, Workload, random_boxes
-from mgllava_kernels.aot import TARGETS, Job, compile_jobs, driver_for, failures
+from mgllava_kernels._triton import launch
+from mgllava_kernels._workloads import OPS, PICTURE, STAGES, Op, Workload, random_boxes
+from mgllava_kernels.aot import DEFAULT_TARGETS, TARGETS, Job, compile_jobs, driver_for, failures
 
 PROCESSES = 2
 
@@ -108,18 +108,34 @@ def cases() -> list[dict]:
     return [{**one.record(), "line": "\n".join(failures([one]))} for one in built]
 
 
+def ops() -> list[dict]:
+    """In bfloat16 all calls of all ops on sm_90 and the first of each elsewhere; fewer in other dtypes."""
+    jobs = []
+    for op in OPS:
+        first = replace(op, workloads=op.workloads[:1])
+        jobs += [
+            Job(
+                op if (name, layout) == ("sm_90", "contiguous") else first,
+                TARGETS[name],
+                torch.bfloat16,
+                layout,
+            )
+            for layout in op.layouts
+            for name in DEFAULT_TARGETS
+        ]
+        jobs += [Job(first, TARGETS[name], torch.float32, "contiguous") for name in ("sm_90", "gfx942")]
+        jobs.append(Job(first, TARGETS["sm_90"], torch.float16, "contiguous"))
+    return [one.record() for one in compile_jobs(jobs, PROCESSES)]
+
+
 def files() -> set[str]:
     return {str(path) for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*") if path.is_file()}
-
-
-def grouped(dtype, layout, device):
-    return random_boxes(1, 100, PICTURE, PICTURE, device), 1
 
 
 def keys() -> dict:
     """Compile a call ahead of time, in a process of its own; then make another, on tensors in memory."""
     target = TARGETS["sm_90"]
-    op = Local("group_boxes", "", (Workload("100 boxes", grouped),), ("contiguous",), box_groups.group_boxes)
+    op = replace(OPS[0], workloads=OPS[0].workloads[:1])
     built = compile_jobs([Job(op, target, torch.bfloat16, "contiguous")], 1)
     before = files()
     launched = {}
@@ -127,9 +143,10 @@ def keys() -> dict:
     def warm(kernel, grid, args, options):
         launched[kernel.fn.__name__] = kernel.warmup(*args, grid=grid, **options).hash
 
+    features = [torch.empty(3, channels, side, side, dtype=torch.bfloat16) for channels, side in STAGES]
     boxes = random_boxes(3, 90, PICTURE, PICTURE, torch.device("cpu"))
     with driver_for(target), launch.compile_only(target, warm):
-        box_groups.group_boxes(boxes, 3)
+        op.call((features, boxes, STAGES[0][1] / PICTURE, 56, 56, -1, False))
         inside = triton.runtime.driver.active.get_current_target()
     return {
         "ahead": {one.kernel: one.hash for one in built},
@@ -141,5 +158,5 @@ def keys() -> dict:
 
 
 if __name__ == "__main__":
-    work = {"cases": cases, "keys": keys}[sys.argv[1]]
+    work = {"ops": ops, "cases": cases, "keys": keys}[sys.argv[1]]
     Path(sys.argv[2]).write_text(json.dumps(work()))

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from mgllava_kernels import _machine_code, aot, configs
 from mgllava_kernels._triton.launch import Target, target_of
 from mgllava_kernels._workloads import OPS, Op, Workload
-from mgllava_kernels.aot import TARGETS
+from mgllava_kernels.aot import DEFAULT_TARGETS, TARGETS
 from mgllava_kernels.configs import Config, Space, choose, tables
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +39,83 @@ def compiled(work: str, folder: Path):
 
 
 @pytest.fixture(scope="session")
+def built(tmp_path_factory) -> list[dict]:
+    """Every kernel of the package; compiles for about a minute."""
+    return compiled("ops", tmp_path_factory.mktemp("ops"))
+
+
+@pytest.fixture(scope="session")
 def cases(tmp_path_factory) -> dict[tuple[str, str], list[dict]]:
     results = compiled("cases", tmp_path_factory.mktemp("cases"))
     found: dict[tuple[str, str], list[dict]] = {}
     for result in results:
         found.setdefault((result["op"], result["target"]), []).append(result)
     return found
+
+
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+each_target = pytest.mark.parametrize("target", DEFAULT_TARGETS)
+
+
+def of(built: list[dict], op: Op, target: str, **fields: str) -> list[dict]:
+    wanted = {"op": op.name, "target": target, **fields}
+    found = [one for one in built if all(one[name] == value for name, value in wanted.items())]
+    assert found
+    return found
+
+
+@each_target
+@each_op
+def test_every_kernel_compiles_and_keeps_its_registers(built, op, target):
+    failures = [
+        f"{one['kernel']} {one['dtype']} {one['layout']} {one['options']}: {one['failure']}"
+        for one in of(built, op, target)
+        if one["failure"] is not None
+    ]
+    assert not failures, "\n".join(failures)
+
+
+@each_target
+@each_op
+def test_no_kernel_has_an_atomic_instruction(built, op, target):
+    for one in of(built, op, target):
+        assert one["instructions"]["atomics"] == 0, one["kernel"]
+
+
+def wide_loads(one: dict) -> int:
+    return sum(number for width, number in one["instructions"]["loads"].items() if int(width) >= 16)
+
+
+@each_target
+@each_op
+def test_maps_are_read_sixteen_bytes_at_a_time(built, op, target):
+    for layout in op.layouts:
+        kernels = of(built, op, target, dtype="bfloat16", layout=layout)
+        for call in {one["workload"] for one in kernels}:
+            assert any(wide_loads(one) for one in kernels), f"{layout}, {call}"
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.name.startswith("pooled")], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    ("target", "kinds"),
+    [
+        ("sm_80", {"mma.sync"}),
+        ("sm_90", {"mma.sync", "wgmma.mma_async"}),
+        ("sm_100", {"mma.sync", "tcgen05.mma"}),
+        ("gfx942", {"v_mfma"}),
+    ],
+)
+def test_pooling_multiplies_matrices(built, op, target, kinds):
+    found = {
+        kind for one in of(built, op, target, dtype="bfloat16") for kind in one["instructions"]["matrix"]
+    }
+    assert found
+    assert found <= kinds
+
+
+def test_pooling_of_many_boxes_takes_the_matrix_units_of_hopper(built):
+    kernels = of(built, OPS[0], "sm_90", dtype="bfloat16", workload=OPS[0].workloads[0].name)
+    assert any("wgmma.mma_async" in one["instructions"]["matrix"] for one in kernels)
 
 
 def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
@@ -54,7 +125,7 @@ def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
     """
     result = compiled("keys", tmp_path)
     assert result["launched"].items() <= result["ahead"].items()
-    assert result["launched"]
+    assert len(result["launched"]) > 1
     assert result["new"] == []
     assert result["inside"] == ["cuda", 90, 32]
     assert result["restored"]
