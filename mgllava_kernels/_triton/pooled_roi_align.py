@@ -79,6 +79,7 @@ def pooled_roi_align(
         SCALE=FLOAT16_SCALE if dtype == torch.float16 else 1.0,
         PRECISION=dot_precision(dtype, target),
         **blocks,
+        **_register_limit(target, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -193,6 +194,13 @@ def _channel_alignment(dtype: torch.dtype, shapes: Sequence[Shape]) -> int:
     return math.gcd(16 // dtype.itemsize, *(shape[1] for shape in shapes))
 
 
+def _register_limit(target: Target, config: Config) -> dict[str, int]:
+    """Registers of a thread, where the assembler left alone spills one of them to run more programs at once."""
+    if target.capability >= 100 and config.num_warps == 8 and dict(config.blocks)["BLOCK_K"] < 128:
+        return {"maxnreg": 128}
+    return {}
+
+
 @triton.jit
 def _level_range(first, last, size, fine_size):
     """Rows of a level of `size` that rows [first, last) of the finest grid read when upsampled."""
@@ -248,10 +256,10 @@ def _product_kernel(
     channels = half(numbers[0][0])
     height = half(numbers[0][1])
     width = half(numbers[0][2])
-    stride_b = half(numbers[0][3])
-    stride_c = half(numbers[0][4])
-    stride_y = half(numbers[0][5])
-    stride_x = half(numbers[0][6])
+    stride_b = half(numbers[0][3]).to(tl.int64)
+    stride_c = half(numbers[0][4]).to(tl.int64)
+    stride_y = half(numbers[0][5]).to(tl.int64)
+    stride_x = half(numbers[0][6]).to(tl.int64)
     rows = half(numbers[0][7])
     fine_height = height
     fine_width = width
@@ -269,10 +277,10 @@ def _product_kernel(
             channels = half(numbers[level][0])
             height = half(numbers[level][1])
             width = half(numbers[level][2])
-            stride_b = half(numbers[level][3])
-            stride_c = half(numbers[level][4])
-            stride_y = half(numbers[level][5])
-            stride_x = half(numbers[level][6])
+            stride_b = half(numbers[level][3]).to(tl.int64)
+            stride_c = half(numbers[level][4]).to(tl.int64)
+            stride_y = half(numbers[level][5]).to(tl.int64)
+            stride_x = half(numbers[level][6]).to(tl.int64)
             rows = half(numbers[level][7])
             tile_begin = next_tile
             channel_begin = next_channel
@@ -314,7 +322,7 @@ def _product_kernel(
     x = tl.arange(0, BLOCK_X)
     weight_stride = slots * BLOCK_K
     weights_ptr += slot * BLOCK_K
-    feature_ptr += image.to(tl.int64) * stride_b + row_low.to(tl.int64) * stride_y
+    feature_ptr += image * stride_b + row_low * stride_y
     accumulator = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     for first_x in range(column_low, column_high, BLOCK_X):
         weight_ptr = weights_ptr + (column_position + first_x).to(tl.int64) * weight_stride
@@ -322,9 +330,7 @@ def _product_kernel(
         weight_x = weight_x.to(feature_ptr.dtype.element_ty)
         column = first_x + x
         inside = (channel[:, None] < channels) & (column[None, :] < width)
-        feature = (
-            feature_ptr + channel.to(tl.int64)[:, None] * stride_c + column.to(tl.int64)[None, :] * stride_x
-        )
+        feature = feature_ptr + channel[:, None] * stride_c + column[None, :] * stride_x
         weight_y_ptr = weights_ptr + (position + row_low).to(tl.int64) * weight_stride + k
         for _ in range(row_low, row_high):
             weight_y = tl.load(weight_y_ptr)
@@ -507,9 +513,8 @@ def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: 
     rows = _slot_rows(count, 128)
     # IEEE products of float32 unroll BLOCK_X in registers; with 32 columns they spill on sm_80.
     columns = 64 if dtype.itemsize == 2 else 16
-    # On sm_100 four warps, or a third stage, spill a register.
-    warps, stages = (8, 2) if target.capability >= 100 else (8 if rows > 32 else 4, 3)
-    return _forward_config(rows, 64, columns, 8, 4, warps, stages)
+    warps = 8 if rows > 32 or target.capability >= 100 else 4
+    return _forward_config(rows, 64, columns, 8, 4, warps, 2 if target.capability >= 100 else 3)
 
 
 def _backward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
