@@ -133,10 +133,48 @@ def _pooled_backward_arguments(
     return grad, boxes, shapes, levels, STAGES[0][1] / PICTURE, BINS, BINS, -1, False
 
 
+# torchvision's feature pyramid: the finest level of two pictures of 1216x800 pixels.
+LEVEL = (2, 256, 200, 304)
+LEVEL_PICTURE = (1216, 800)
+# Boxes in all, side of the output, sampling ratio, aligned.
+REGIONS = (
+    (512, 7, 2, False),
+    (1000, 7, 2, False),
+    (512, 14, 2, False),
+    (1000, 14, 2, False),
+    (512, 7, -1, True),
+)
+
+
+def _roi_arguments(
+    boxes: int, side: int, ratio: int, aligned: bool, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    rows = random_boxes(LEVEL[0], boxes // LEVEL[0], *LEVEL_PICTURE, device)
+    return maps(LEVEL, dtype, layout, device), rows, LEVEL[3] / LEVEL_PICTURE[0], side, side, ratio, aligned
+
+
+def _roi_backward_arguments(
+    boxes: int, side: int, ratio: int, aligned: bool, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    rows = random_boxes(LEVEL[0], boxes // LEVEL[0], *LEVEL_PICTURE, device)
+    grad = maps((boxes, LEVEL[1], side, side), dtype, layout, device)
+    return grad, rows, LEVEL, LEVEL[3] / LEVEL_PICTURE[0], side, side, ratio, aligned
+
+
 def _pooled(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...]:
     return tuple(
         Workload(f"{images} x {per_image} boxes", partial(arguments, images, per_image))
         for images, per_image in PICTURES
+    )
+
+
+def _regions(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...]:
+    return tuple(
+        Workload(
+            f"{boxes} boxes to {side}x{side}, ratio {ratio}" + (", aligned" if aligned else ""),
+            partial(arguments, boxes, side, ratio, aligned),
+        )
+        for boxes, side, ratio, aligned in REGIONS
     )
 
 
@@ -148,4 +186,6 @@ OPS = (
         _pooled(_pooled_backward_arguments),
         layouts=("contiguous",),
     ),
+    Op("roi_align", "mgllava_kernels._triton.roi_align", _regions(_roi_arguments)),
+    Op("roi_align_backward", "mgllava_kernels._triton.roi_align", _regions(_roi_backward_arguments)),
 )
