@@ -662,23 +662,25 @@ def _forward_config(block_c: int, block_x: int, block_j: int, bins: int, num_war
     return Config(blocks, num_warps, 1)
 
 
+def _forward_tile(target: Target, dtype: torch.dtype, block_c: int, run: int, bins: int) -> Config:
+    """Runs of `run` bytes, one load of 16 bytes a thread: with two, four rows in flight spill on sm_80."""
+    return _forward_config(block_c, run // dtype.itemsize, 16, bins, block_c * run // 16 // target.warp_size)
+
+
 def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _forward_config(4, 8, 4, 2, 1)
     # A program that serves a whole box works out its columns once; few boxes are spread over bin rows.
     boxes = count * triton.cdiv(sizes["channels"], 64)
     bins = sizes["output_height"] if boxes >= 4 * target.multiprocessors else 1
-    # Runs of 64 bytes. Four rows in flight of 64 channels take 256 threads; of 128 they spill on sm_80.
-    return _forward_config(64, 64 // dtype.itemsize, 16, bins, 256 // target.warp_size)
+    return _forward_tile(target, dtype, 64, 64, bins)
 
 
 def _forward_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterator[Config]:
-    height = sizes["output_height"]
-    for block_c, block_x, block_j, bins, num_warps in product(
-        (32, 64, 128), (16, 32, 64), (16, 32), dict.fromkeys((1, triton.cdiv(height, 2), height)), (2, 4, 8)
+    for (block_c, run), bins in product(
+        ((32, 64), (64, 64), (32, 128)), dict.fromkeys((1, sizes["output_height"]))
     ):
-        if block_j == 16 or sizes["output_width"] > 16:
-            yield _forward_config(block_c, block_x, block_j, bins, num_warps)
+        yield _forward_tile(target, dtype, block_c, run, bins)
 
 
 def _forward_shared_memory(config: Config, dtype: torch.dtype) -> int:
@@ -692,18 +694,21 @@ def _backward_config(block_c: int, block_y: int, block_x: int, block_j: int, num
     return Config(blocks, num_warps, 1)
 
 
+def _backward_tile(target: Target, block_c: int, block_y: int, block_x: int) -> Config:
+    """32 sums a thread: with 64, or from 512 threads on, it spills."""
+    threads = block_c * block_y * block_x // 32
+    return _backward_config(block_c, block_y, block_x, 16, threads // target.warp_size)
+
+
 def _backward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _backward_config(4, 4, 8, 4, 1)
-    return _backward_config(16, 8, 64, 16, 256 // target.warp_size)
+    return _backward_tile(target, 16, 8, 64)
 
 
 def _backward_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterator[Config]:
-    for block_c, block_y, block_x, block_j, num_warps in product(
-        (16, 32), (4, 8, 16), (32, 64), (16, 32), (4, 8)
-    ):
-        if block_j == 16 or sizes["output_width"] > 16:
-            yield _backward_config(block_c, block_y, block_x, block_j, num_warps)
+    for block_c, block_y, block_x in ((16, 8, 32), (16, 8, 64), (16, 16, 32), (32, 4, 32), (32, 8, 32)):
+        yield _backward_tile(target, block_c, block_y, block_x)
 
 
 def _backward_shared_memory(config: Config, dtype: torch.dtype) -> int:
