@@ -116,3 +116,12 @@ def odd(*values: int) -> tuple[int, ...]:
 def half(value):
     """The integer that `odd` packed."""
     return value >> 1
+
+
+@triton.jit
+def multiple(value, DIVISOR: tl.constexpr):
+    """`value`, a multiple of DIVISOR, in a form from which the compiler sees that it is one.
+
+    `tl.multiple_of` marks the operation that made the value, and a value chosen by a branch has none.
+    """
+    return value // DIVISOR * DIVISOR

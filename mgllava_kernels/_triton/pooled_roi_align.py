@@ -62,7 +62,7 @@ def pooled_roi_align(
     layout, align = feature_layout(features)
     launch(
         _product_kernel,
-        slots.count * sum(_tiles(shape, blocks) * split for shape, split in zip(shapes, splits, strict=True)),
+        slots.number * sum(_tiles(shape, blocks) * split for shape, split in zip(shapes, splits, strict=True)),
         device,
         (
             tuple(features),
@@ -70,7 +70,7 @@ def pooled_roi_align(
                 odd(*shape[1:], *level.stride(), height)
                 for level, shape, height in zip(features, shapes, heights, strict=True)
             ),
-            *(*slots[1:5], output, partials, slots.count, images, len(boxes), channels),
+            *(*slots[1:5], output, partials, slots.number, images, len(boxes), channels),
         ),
         LAYOUT=layout,
         ALIGN=align,
@@ -134,7 +134,7 @@ def pooled_roi_align_backward(
         (
             tuple(results),
             tuple(odd(*shape[1:]) for shape in shapes),
-            *(grad, slots.weights, slots.rows, slots.offsets, slots.count, images, grad.shape[1]),
+            *(grad, slots.weights, slots.rows, slots.offsets, slots.number, images, grad.shape[1]),
         ),
         LEVELS=tuple(levels),
         ALIGN=align,

@@ -40,20 +40,20 @@ class Samples(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Slots on the device, R = count · BLOCK_K rows.
+    """Slots on the device, R = number · BLOCK_K rows.
 
     Attributes:
-        count: number of slots, empty ones included.
+        number: slots, empty ones included.
         weights: (positions, R) float32; for each level its rows, padded to BLOCK_P, then its columns, padded
             to BLOCK_X. Zero in the padding and for a row without a box; undefined in empty slots.
         rows: (R,) int32, the box of each row or -1.
-        images: (count,) int32, the picture of each slot, B for boxes of no picture, -1 for an empty slot.
-        spans: (count, 4) int32, first row, row after the last, first column, column after the last of the
+        images: (number,) int32, the picture of each slot, B for boxes of no picture, -1 for an empty slot.
+        spans: (number, 4) int32, first row, row after the last, first column, column after the last of the
             finest grid that boxes of the slot touch.
         offsets: (B + 2,) int32, as `group_boxes` returns them.
     """
 
-    count: int
+    number: int
     weights: Tensor
     rows: Tensor
     images: Tensor
