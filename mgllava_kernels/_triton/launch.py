@@ -64,7 +64,7 @@ def target_of(device: torch.device) -> Target:
     return _gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gpu(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
@@ -80,9 +80,7 @@ def _gpu(index: int) -> Target:
     )
 
 
-def launch(
-    kernel: Any, programs: int, device: torch.device, args: Sequence[Any], **options: Any
-) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, args: Sequence[Any], **options: Any) -> None:
     """Launch `kernel` over a one-dimensional grid on the current stream of `device`.
 
     `options` are the kernel's constexpr parameters and Triton's own (num_warps, num_stages, ...). Grids have

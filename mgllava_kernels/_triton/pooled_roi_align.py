@@ -62,7 +62,8 @@ def pooled_roi_align(
     layout, align = feature_layout(features)
     launch(
         _product_kernel,
-        slots.number * sum(_tiles(shape, blocks) * split for shape, split in zip(shapes, splits, strict=True)),
+        slots.number
+        * sum(_tiles(shape, blocks) * split for shape, split in zip(shapes, splits, strict=True)),
         device,
         (
             tuple(features),
