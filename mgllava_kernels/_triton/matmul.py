@@ -1,0 +1,236 @@
+"""The matrix product that this package's kernels are made of: accumulator += A · Bᵀ for one tile of the output.
+
+A kernel that multiplies matrices composes these jit functions:
+
+    row, column = grouped_tile(tile, row_tiles, column_tiles, GROUP)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    accumulator = add_product(accumulator, a_ptr, b_ptr, row * BLOCK_M, column * BLOCK_N, M, N, 0, K, strides...)
+    values = bias_gelu(accumulator, bias_ptr, column * BLOCK_N, N)
+
+A product that continues another is a second call on the accumulator, scaled or not in between. A is (M, K) and B
+is (N, K), each anywhere in memory: `matrix_layout` says on the host which axis is adjacent and what the compiler
+may assume. Tokens read from a map (C, H·W) are a matrix whose rows are adjacent, "column"; nothing is copied. A
+batch of such maps is tiled picture by picture, with a_ptr moved to the picture. The launch goes through
+`launch_product` wherever DESCRIPTORS may be on, with the answer of `descriptors_fit`.
+"""
+
+import contextvars
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgllava_kernels._triton.launch import Target, launch, multiple
+
+
+def matrix_layout(matrices: Sequence[Tensor]) -> tuple[str, int]:
+    """LAYOUT and ALIGN of matrices that one launch reads as the same operand.
+
+    Returns:
+        "row" if the elements of a row are adjacent in every matrix, "column" if those of a column are, else
+        "strided"; and the largest power of two, at most 16 bytes' worth of elements, that divides the other
+        stride, the size of the adjacent axis and the address: with it, loads of that many elements stay
+        within the matrix and aligned.
+    """
+    for name, axis in (("row", 1), ("column", 0)):
+        if all(matrix.stride(axis) == 1 or matrix.shape[axis] == 1 for matrix in matrices):
+            common = 16 // matrices[0].element_size()
+            for matrix in matrices:
+                common = math.gcd(common, matrix.data_ptr() // matrix.element_size(), matrix.shape[axis])
+                if matrix.shape[1 - axis] > 1:
+                    common = math.gcd(common, matrix.stride(1 - axis))
+            return name, common
+    return "strided", 1
+
+
+def descriptors_fit(target: Target, *operands: Sequence[Tensor]) -> bool:
+    """Whether the operands of a product can be read through tensor descriptors (TMA), on Hopper and later.
+
+    Addresses and strides must be multiples of 16 bytes; an empty or repeated axis cannot be described.
+    """
+    if target.backend != "interpreter" and target.capability < 90:
+        return False
+    for matrices in operands:
+        layout, align = matrix_layout(matrices)
+        if layout == "strided" or align * matrices[0].element_size() < 16:
+            return False
+        if any(matrix.numel() == 0 or 0 in matrix.stride() for matrix in matrices):
+            return False
+    return True
+
+
+def launch_product(
+    kernel: Any, programs: int, device: torch.device, args: Sequence[Any], **options: Any
+) -> None:
+    """`launch`, with memory for the tensor descriptors that programs make.
+
+    Triton asks the allocator of the calling context for it, and autograd's threads have none: each launch
+    brings its own and leaves the user's as it was.
+    """
+    contextvars.copy_context().run(_launch_with_allocator, kernel, programs, device, args, options)
+
+
+def _launch_with_allocator(
+    kernel: Any, programs: int, device: torch.device, args: Sequence[Any], options: dict[str, Any]
+) -> None:
+    triton.set_allocator(functools.partial(_scratch, device))
+    launch(kernel, programs, device, args, **options)
+
+
+def _scratch(device: torch.device, size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device=device)
+
+
+@triton.jit
+def grouped_tile(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile in an order that keeps what neighbours read in the L2 cache.
+
+    GROUP rows of tiles are gone through column by column: programs that run at the same time share GROUP
+    blocks of A and few of B.
+    """
+    first = tile // (GROUP * column_tiles) * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    inside = tile % (GROUP * column_tiles)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def add_product(
+    accumulator,
+    a_ptr,
+    b_ptr,
+    row,
+    column,
+    rows,
+    columns,
+    first,
+    last,
+    stride_am,
+    stride_ak,
+    stride_bn,
+    stride_bk,
+    A_LAYOUT: tl.constexpr,
+    B_LAYOUT: tl.constexpr,
+    A_ALIGN: tl.constexpr,
+    B_ALIGN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """accumulator[m, n] + Σ_k A[row + m, k] · B[column + n, k] over k in [first, last), in float32.
+
+    The accumulator is (BLOCK_M, BLOCK_N); A has `rows` rows and B `columns`, of which those beyond count as
+    zero. `first` is a multiple of BLOCK_K. The stride of an adjacent axis is not looked at. LAYOUT and ALIGN
+    are those of `matrix_layout`; where `last` is not the end of a row, A_ALIGN and B_ALIGN must divide it.
+    With DESCRIPTORS the hardware copies whole tiles; otherwise threads do, sixteen bytes each where ALIGN
+    allows, asynchronously.
+    """
+    BLOCK_M: tl.constexpr = accumulator.shape[0]
+    BLOCK_N: tl.constexpr = accumulator.shape[1]
+    first = multiple(first, BLOCK_K)
+    if A_LAYOUT == "row":
+        stride_ak = 1
+        stride_am = multiple(stride_am, A_ALIGN)
+    elif A_LAYOUT == "column":
+        stride_am = 1
+        stride_ak = multiple(stride_ak, A_ALIGN)
+    if B_LAYOUT == "row":
+        stride_bk = 1
+        stride_bn = multiple(stride_bn, B_ALIGN)
+    elif B_LAYOUT == "column":
+        stride_bn = 1
+        stride_bk = multiple(stride_bk, B_ALIGN)
+
+    if DESCRIPTORS:
+        if A_LAYOUT == "row":
+            a = tl.make_tensor_descriptor(a_ptr, [rows, last], [stride_am, 1], [BLOCK_M, BLOCK_K])
+        else:
+            a = tl.make_tensor_descriptor(a_ptr, [last, rows], [stride_ak, 1], [BLOCK_K, BLOCK_M])
+        if B_LAYOUT == "row":
+            b = tl.make_tensor_descriptor(b_ptr, [columns, last], [stride_bn, 1], [BLOCK_N, BLOCK_K])
+        else:
+            b = tl.make_tensor_descriptor(b_ptr, [last, columns], [stride_bk, 1], [BLOCK_K, BLOCK_N])
+        for depth in range(first, last, BLOCK_K):
+            if A_LAYOUT == "row":
+                left = a.load([row, depth])
+            else:
+                left = tl.trans(a.load([depth, row]))
+            if B_LAYOUT == "row":
+                right = tl.trans(b.load([column, depth]))
+            else:
+                right = b.load([depth, column])
+            accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
+    else:
+        m = row + tl.arange(0, BLOCK_M)
+        n = column + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        a_inside = m[:, None] < (multiple(rows, A_ALIGN) if A_LAYOUT == "column" else rows)
+        b_inside = n[None, :] < (multiple(columns, B_ALIGN) if B_LAYOUT == "column" else columns)
+        a_last = multiple(last, A_ALIGN) if A_LAYOUT == "row" else last
+        b_last = multiple(last, B_ALIGN) if B_LAYOUT == "row" else last
+        start = first + k.to(tl.int64)
+        a_tile = a_ptr + m[:, None].to(tl.int64) * stride_am + start[None, :] * stride_ak
+        b_tile = b_ptr + n[None, :].to(tl.int64) * stride_bn + start[:, None] * stride_bk
+        for depth in range(first, last, BLOCK_K):
+            left = tl.load(a_tile, mask=a_inside & (depth + k[None, :] < a_last), other=0.0)
+            right = tl.load(b_tile, mask=b_inside & (depth + k[:, None] < b_last), other=0.0)
+            accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
+            a_tile += BLOCK_K * stride_ak
+            b_tile += BLOCK_K * stride_bk
+    return accumulator
+
+
+@triton.jit
+def gelu(x):
+    """x · Φ(x), exact, in float32."""
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_derivative(x):
+    """Φ(x) + x · φ(x), in float32."""
+    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density
+
+
+@triton.jit
+def add_bias(accumulator, bias_ptr, column, columns):
+    """accumulator[m, n] + bias[column + n]."""
+    n = column + tl.arange(0, accumulator.shape[1])
+    return accumulator + tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def bias_gelu(accumulator, bias_ptr, column, columns):
+    """GELU(accumulator[m, n] + bias[column + n])."""
+    return gelu(add_bias(accumulator, bias_ptr, column, columns))
+
+
+@triton.jit
+def tile_offsets(
+    row, column, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Offsets in a contiguous (rows, columns) matrix of the tile at (row, column), and which of them are inside.
+
+    ALIGN divides `columns`.
+    """
+    columns = multiple(columns, ALIGN)
+    m = row + tl.arange(0, BLOCK_M)
+    n = column + tl.arange(0, BLOCK_N)
+    inside = (m[:, None] < rows) & (n[None, :] < columns)
+    return m[:, None].to(tl.int64) * columns + n[None, :], inside
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns.
+
+    GELU of more than some 32 elements a thread at a time spills: epilogues go through a tile in pieces.
+    """
+    pairs = tile.reshape(tile.shape[0], 2, tile.shape[1] // 2)
+    return pairs.permute(0, 2, 1).split()
