@@ -4,7 +4,7 @@ A kernel that multiplies matrices composes these jit functions:
 
     row, column = grouped_tile(tile, row_tiles, column_tiles, GROUP)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    accumulator = add_product(accumulator, a_ptr, b_ptr, row * BLOCK_M, column * BLOCK_N, M, N, 0, K, strides...)
+    accumulator = add_product(accumulator, a_ptr, b_ptr, row * BLOCK_M, column * BLOCK_N, M, N, K, 0, K, strides...)
     values = bias_gelu(accumulator, bias_ptr, column * BLOCK_N, N)
 
 A product that continues another is a second call on the accumulator, scaled or not in between. A is (M, K) and B
@@ -108,6 +108,7 @@ def add_product(
     column,
     rows,
     columns,
+    depth,
     first,
     last,
     stride_am,
@@ -124,11 +125,11 @@ def add_product(
 ):
     """accumulator[m, n] + Σ_k A[row + m, k] · B[column + n, k] over k in [first, last), in float32.
 
-    The accumulator is (BLOCK_M, BLOCK_N); A has `rows` rows and B `columns`, of which those beyond count as
-    zero. `first` is a multiple of BLOCK_K. The stride of an adjacent axis is not looked at. LAYOUT and ALIGN
-    are those of `matrix_layout`; where `last` is not the end of a row, A_ALIGN and B_ALIGN must divide it.
-    With DESCRIPTORS the hardware copies whole tiles; otherwise threads do, sixteen bytes each where ALIGN
-    allows, asynchronously.
+    The accumulator is (BLOCK_M, BLOCK_N), A is (rows, depth) and B (columns, depth); elements beyond count as
+    zero. `first` is a multiple of BLOCK_K, and so is `last` if it is less than `depth`. The stride of an
+    adjacent axis is not looked at. LAYOUT and ALIGN are those of `matrix_layout`. With DESCRIPTORS the hardware
+    copies whole tiles, through descriptors that are made once where pointers and sizes do not change from tile
+    to tile; otherwise threads copy, asynchronously, sixteen bytes at a time where ALIGN allows.
     """
     BLOCK_M: tl.constexpr = accumulator.shape[0]
     BLOCK_N: tl.constexpr = accumulator.shape[1]
@@ -148,22 +149,22 @@ def add_product(
 
     if DESCRIPTORS:
         if A_LAYOUT == "row":
-            a = tl.make_tensor_descriptor(a_ptr, [rows, last], [stride_am, 1], [BLOCK_M, BLOCK_K])
+            a = tl.make_tensor_descriptor(a_ptr, [rows, depth], [stride_am, 1], [BLOCK_M, BLOCK_K])
         else:
-            a = tl.make_tensor_descriptor(a_ptr, [last, rows], [stride_ak, 1], [BLOCK_K, BLOCK_M])
+            a = tl.make_tensor_descriptor(a_ptr, [depth, rows], [stride_ak, 1], [BLOCK_K, BLOCK_M])
         if B_LAYOUT == "row":
-            b = tl.make_tensor_descriptor(b_ptr, [columns, last], [stride_bn, 1], [BLOCK_N, BLOCK_K])
+            b = tl.make_tensor_descriptor(b_ptr, [columns, depth], [stride_bn, 1], [BLOCK_N, BLOCK_K])
         else:
-            b = tl.make_tensor_descriptor(b_ptr, [last, columns], [stride_bk, 1], [BLOCK_K, BLOCK_N])
-        for depth in range(first, last, BLOCK_K):
+            b = tl.make_tensor_descriptor(b_ptr, [depth, columns], [stride_bk, 1], [BLOCK_K, BLOCK_N])
+        for at in range(first, last, BLOCK_K):
             if A_LAYOUT == "row":
-                left = a.load([row, depth])
+                left = a.load([row, at])
             else:
-                left = tl.trans(a.load([depth, row]))
+                left = tl.trans(a.load([at, row]))
             if B_LAYOUT == "row":
-                right = tl.trans(b.load([column, depth]))
+                right = tl.trans(b.load([column, at]))
             else:
-                right = b.load([depth, column])
+                right = b.load([at, column])
             accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
     else:
         m = row + tl.arange(0, BLOCK_M)
@@ -171,14 +172,14 @@ def add_product(
         k = tl.arange(0, BLOCK_K)
         a_inside = m[:, None] < (multiple(rows, A_ALIGN) if A_LAYOUT == "column" else rows)
         b_inside = n[None, :] < (multiple(columns, B_ALIGN) if B_LAYOUT == "column" else columns)
-        a_last = multiple(last, A_ALIGN) if A_LAYOUT == "row" else last
-        b_last = multiple(last, B_ALIGN) if B_LAYOUT == "row" else last
+        a_depth = multiple(depth, A_ALIGN) if A_LAYOUT == "row" else depth
+        b_depth = multiple(depth, B_ALIGN) if B_LAYOUT == "row" else depth
         start = first + k.to(tl.int64)
         a_tile = a_ptr + m[:, None].to(tl.int64) * stride_am + start[None, :] * stride_ak
         b_tile = b_ptr + n[None, :].to(tl.int64) * stride_bn + start[:, None] * stride_bk
-        for depth in range(first, last, BLOCK_K):
-            left = tl.load(a_tile, mask=a_inside & (depth + k[None, :] < a_last), other=0.0)
-            right = tl.load(b_tile, mask=b_inside & (depth + k[:, None] < b_last), other=0.0)
+        for at in range(first, last, BLOCK_K):
+            left = tl.load(a_tile, mask=a_inside & (at + k[None, :] < a_depth), other=0.0)
+            right = tl.load(b_tile, mask=b_inside & (at + k[:, None] < b_depth), other=0.0)
             accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
             a_tile += BLOCK_K * stride_ak
             b_tile += BLOCK_K * stride_bk
