@@ -17,7 +17,7 @@ from torch import Tensor
 from mgllava_kernels._triton.feature_layout import feature_layout
 from mgllava_kernels._triton.launch import Target, half, launch, multiple, odd, target_of
 from mgllava_kernels._triton.pooled_slots import Samples, fill_slots
-from mgllava_kernels._triton.precision import dot_precision
+from mgllava_kernels._triton.precision import interpolation_precision
 from mgllava_kernels.configs import Config, Sizes, Space, choose
 
 # float16 weights are multiplied by this before they are rounded: 1 / (H · W) is subnormal there.
@@ -78,7 +78,7 @@ def pooled_roi_align(
         ALIGN_BYTES=align * dtype.itemsize,
         ALIGN_C=_channel_alignment(dtype, shapes),
         SCALE=FLOAT16_SCALE if dtype == torch.float16 else 1.0,
-        PRECISION=dot_precision(dtype, target),
+        PRECISION=_precision(dtype, target),
         **blocks,
         **_register_limit(target, config),
         num_warps=config.num_warps,
@@ -141,12 +141,16 @@ def pooled_roi_align_backward(
         ALIGN=align,
         ALIGN_C=_channel_alignment(dtype, shapes),
         SCALE=FLOAT16_SCALE if dtype == torch.float16 else 1.0,
-        PRECISION=dot_precision(dtype, target),
+        PRECISION=_precision(dtype, target),
         **blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return results
+
+
+def _precision(dtype: torch.dtype, target: Target) -> str:
+    return interpolation_precision(target) if dtype == torch.float32 else "ieee"
 
 
 def _sizes(shapes: Sequence[Shape]) -> Sizes:
@@ -512,8 +516,7 @@ def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: 
     if target.backend == "interpreter":
         return _forward_config(32, 32, 16, 16, 4, 4, 1)
     rows = _slot_rows(count, 128)
-    # IEEE products of float32 unroll BLOCK_X in registers; with 32 columns they spill on sm_80.
-    columns = 64 if dtype.itemsize == 2 else 16
+    columns = 64 if dtype.itemsize == 2 else 32
     warps = 8 if rows > 32 or target.capability >= 100 else 4
     return _forward_config(rows, 64, columns, 8, 4, warps, 2 if target.capability >= 100 else 3)
 
@@ -521,7 +524,7 @@ def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: 
 def _backward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _backward_config(32, 32, 16, 16, 3, 4, 1)
-    # IEEE products of float32 unroll BLOCK_K in registers; 64 boxes spill on sm_80, of 16 bits on sm_100.
+    # More spill on sm_100 and, of float32, on sm_80.
     most = 32 if target.capability >= 100 else 64
     rows = _slot_rows(count, most) if dtype.itemsize == 2 else 16
     return _backward_config(rows, 64, 64, 8, 8, 4, 2)
