@@ -1,6 +1,5 @@
 """Argument checks of the public functions: each names the argument, its value and what was expected."""
 
-import math
 import operator
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -8,6 +7,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+LARGEST_SCALE = torch.finfo(torch.float32).max
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -46,7 +46,7 @@ def check_scale(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     scale = float(value)
-    if not 0 < scale < math.inf:
+    if not 0 < scale <= LARGEST_SCALE:
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
     return scale
 
@@ -54,7 +54,10 @@ def check_scale(name: str, value: object) -> float:
 def check_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    return operator.index(value)
+    number = operator.index(value)
+    if not -(2**31) <= number < 2**31:
+        raise ValueError(f"{name} must fit in 32 bits, got {value}")
+    return number
 
 
 def check_size(name: str, value: object) -> tuple[int, int]:

@@ -34,6 +34,9 @@ ENVIRONMENT_VARIABLE = "MGLLAVA_KERNELS"
 # torch.func.functionalize is not among them: it changes no derivative and no shape.
 TRANSFORMS = (TransformType.Vmap, TransformType.Grad, TransformType.Jvp)
 
+# Older GPUs have no asynchronous copies and no tf32, which the kernels count on.
+OLDEST_CAPABILITY = (8, 0)
+
 _chosen: ContextVar[str | None] = ContextVar("mgllava_kernels_backend", default=None)
 _modules: dict[str, dict[str, str]] = {}
 
@@ -225,7 +228,17 @@ def _triton_obstacle(op: str | None, tensor: Tensor) -> str | None:
         return "the tensor is on the CPU and TRITON_INTERPRET=1 is not set"
     if not _triton_installed():
         return "triton is not installed"
+    if tensor.device.type == "cuda" and _capability(tensor.device) < OLDEST_CAPABILITY:
+        return "Triton kernels need an NVIDIA GPU of compute capability 8.0 or newer, or an AMD one"
     return None
+
+
+@constant_when_traced
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; of AMD GPUs, and where tensors only pretend to be on a GPU, the one asked for."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return OLDEST_CAPABILITY
+    return torch.cuda.get_device_capability(device)
 
 
 @constant_when_traced

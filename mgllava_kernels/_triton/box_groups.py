@@ -40,7 +40,7 @@ def group_boxes(boxes: Tensor, images: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _image_of(boxes_ptr, rows, count, images):
+def image_of(boxes_ptr, rows, count, images):
     """Picture of each row, or `images` where there is none; rows from `count` on get `images` + 1."""
     index = tl.load(boxes_ptr + rows.to(tl.int64) * 5, mask=rows < count, other=0.0)
     # Toward zero, as torch.trunc; comparisons with NaN are false.
@@ -59,12 +59,12 @@ def _group_boxes_kernel(
     programs of 13 steps: the time of a launch.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    image = _image_of(boxes_ptr, rows, count, images)
+    image = image_of(boxes_ptr, rows, count, images)
     rank = tl.zeros((BLOCK,), tl.int32)
     offset = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, count, BLOCK_OTHERS):
         others = first + tl.arange(0, BLOCK_OTHERS)
-        other = _image_of(boxes_ptr, others, count, images)
+        other = image_of(boxes_ptr, others, count, images)
         earlier = (other[None, :] < image[:, None]) | (
             (other[None, :] == image[:, None]) & (others[None, :] < rows[:, None])
         )

@@ -1,6 +1,7 @@
 """How kernels of this package are launched: on which device, with which options, or only compiled."""
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,6 +34,9 @@ class Target:
         """CUDA compute capability times ten (90 on Hopper), 0 elsewhere."""
         return self.arch if self.backend == "cuda" and isinstance(self.arch, int) else 0
 
+
+# The interpreter keeps the grid of a launch in a global.
+_interpreter = threading.Lock()
 
 INTERPRETER = Target("interpreter", "cpu", "interpreter", 4, 1 << 20, 32)
 
@@ -95,25 +99,26 @@ def launch(kernel: Any, programs: int, device: torch.device, args: Sequence[Any]
     if override is not None:
         override[1](kernel, (programs,), args, options)
     elif device.type == "cpu":
-        kernel[(programs,)](*args, **options)
+        with _interpreter:
+            kernel[(programs,)](*args, **options)
     else:
         with torch.cuda.device(device):
             kernel[(programs,)](*args, **options)
 
 
 def odd(*values: int) -> tuple[int, ...]:
-    """Integers for a tuple argument of a kernel, as 2·v + 1; the kernel reads them with `half`.
+    """Integers from 0 on for a tuple argument of a kernel, as 2·v + 3; the kernel reads them with `half`.
 
     Triton compiles a kernel anew for every integer of a tuple that becomes 1 or a multiple of 16, and
     `do_not_specialize` does not reach into tuples. Of odd numbers above 1 it knows nothing.
     """
-    return tuple(2 * value + 1 for value in values)
+    return tuple(2 * value + 3 for value in values)
 
 
 @triton.jit
 def half(value):
     """The integer that `odd` packed."""
-    return value >> 1
+    return (value >> 1) - 1
 
 
 @triton.jit

@@ -8,6 +8,7 @@ leave multiprocessors idle. Every sum has one fixed order.
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
@@ -53,8 +54,8 @@ def pooled_roi_align(
     waves = blocks.pop("WAVES")
     samples = Samples(spatial_scale, output_height, output_width, sampling_ratio, aligned)
     slots = fill_slots(boxes, shapes, samples, blocks)
-    heights = _rows_per_program(shapes, len(boxes), config, waves * target.multiprocessors)
-    splits = [triton.cdiv(shape[2], height) for shape, height in zip(shapes, heights, strict=True)]
+    parts = _parts(shapes, len(boxes), config, waves * target.multiprocessors)
+    splits = [part.rows * part.columns for part in parts]
     partial_sizes = [
         len(boxes) * shape[1] * split if split > 1 else 0 for shape, split in zip(shapes, splits, strict=True)
     ]
@@ -68,8 +69,8 @@ def pooled_roi_align(
         (
             tuple(features),
             tuple(
-                odd(*shape[1:], *level.stride(), height)
-                for level, shape, height in zip(features, shapes, heights, strict=True)
+                odd(*shape[1:], *level.stride(), part.height, part.width)
+                for level, shape, part in zip(features, shapes, parts, strict=True)
             ),
             *(*slots[1:5], output, partials, slots.number, images, len(boxes), channels),
         ),
@@ -80,7 +81,7 @@ def pooled_roi_align(
         SCALE=FLOAT16_SCALE if dtype == torch.float16 else 1.0,
         PRECISION=_precision(dtype, target),
         **blocks,
-        **_register_limit(target, config),
+        **_register_limit(target, dtype, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -174,10 +175,20 @@ def _map_tiles(shape: Shape, blocks: dict[str, int]) -> int:
     return across * triton.cdiv(height, blocks["ROWS"])
 
 
-def _rows_per_program(shapes: Sequence[Shape], boxes: int, config: Config, programs: int) -> list[int]:
-    """Rows of each level that a program runs over, so that `programs` programs have about equal work.
+class Part(NamedTuple):
+    """How a level is split: into `rows` times `columns` parts of `height` rows and `width` times BLOCK_X columns."""
 
-    A program needs at least 16 row steps to earn the tile of partial sums it writes.
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+
+def _parts(shapes: Sequence[Shape], boxes: int, config: Config, programs: int) -> list[Part]:
+    """Parts of each level, so that `programs` programs have about equal work.
+
+    A program needs at least 16 steps of a row and BLOCK_X columns to earn the tile of partial sums it writes.
+    Columns are split first: a program loads their weights once.
     """
     blocks = dict(config.blocks)
     slots = max(shapes[0][0], triton.cdiv(boxes, blocks["BLOCK_K"]))
@@ -187,11 +198,15 @@ def _rows_per_program(shapes: Sequence[Shape], boxes: int, config: Config, progr
         for shape, columns in zip(shapes, across, strict=True)
     )
     wanted = max(16, triton.cdiv(steps, programs))
-    heights = []
+    parts = []
     for shape, columns in zip(shapes, across, strict=True):
-        splits = max(1, round(shape[2] * columns / wanted))
-        heights.append(triton.cdiv(shape[2], splits))
-    return heights
+        number = max(1, round(shape[2] * columns / wanted))
+        blocks_wide = triton.cdiv(columns, min(number, columns))
+        columns = triton.cdiv(columns, blocks_wide)
+        height = triton.cdiv(shape[2], max(1, round(number / columns)))
+        rows = triton.cdiv(shape[2], height)
+        parts.append(Part(rows, columns, height, blocks_wide))
+    return parts
 
 
 def _channel_alignment(dtype: torch.dtype, shapes: Sequence[Shape]) -> int:
@@ -199,11 +214,15 @@ def _channel_alignment(dtype: torch.dtype, shapes: Sequence[Shape]) -> int:
     return math.gcd(16 // dtype.itemsize, *(shape[1] for shape in shapes))
 
 
-def _register_limit(target: Target, config: Config) -> dict[str, int]:
-    """Registers of a thread, where the assembler left alone spills one of them to run more programs at once."""
-    if target.capability >= 100 and config.num_warps == 8 and dict(config.blocks)["BLOCK_K"] < 128:
-        return {"maxnreg": 128}
-    return {}
+def _register_limit(target: Target, dtype: torch.dtype, config: Config) -> dict[str, int]:
+    """Registers of a thread, where the assembler's own choice is worse.
+
+    On sm_90 with 16 bits it takes 165, and one program of eight warps fills a multiprocessor; two run with
+    128, without a spill. On sm_100 it spills a few to make room for a third.
+    """
+    hopper = target.capability == 90 and dtype.itemsize == 2
+    blackwell = target.capability >= 100 and dict(config.blocks)["BLOCK_K"] < 128
+    return {"maxnreg": 128} if config.num_warps == 8 and (hopper or blackwell) else {}
 
 
 @triton.jit
@@ -240,16 +259,19 @@ def _product_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Vectors of the boxes of one slot, BLOCK_C channels of one level, over some of the level's rows.
+    """Vectors of the boxes of one slot, BLOCK_C channels of one level, over one part of the level.
 
     For each row y of the map one product F[:, y, :] (BLOCK_C, BLOCK_X) · a_x (BLOCK_X, BLOCK_K), scaled by a_y
     as it is added to the accumulator. a_x stays in shared memory while y runs: of P = a_y ⊗ a_x only one
     factor is rounded to the features' dtype, and nothing is rebuilt. Only rows and columns that a box of the
-    slot touches are read. `numbers` holds for each level C, H, W, the four strides and the rows of a program.
+    slot touches are read. `numbers` holds for each level C, H, W, the four strides and the height of a
+    part and its width in blocks.
 
     Bytes: the maps once for each slot of a picture, Σ_l B·C_l·H_l·W_l·itemsize where a picture's boxes fill at
     most one slot; 26.5 MB a picture in bfloat16 at published sizes. FLOPs: 2·K·Σ C_l·H_l·W_l, 2.7 GFLOP for a
-    picture with 100 boxes. On 4.3 TB/s and 600 TFLOP/s that is a floor of 6.2 µs a picture, set by the bytes.
+    picture with 100 boxes. On 4.3 TB/s and 600 TFLOP/s that is a floor of 6.2 µs a picture, set by the bytes;
+    in float32, with three products of tf32 for one, 12.3 µs for the bytes and 16 for the products on
+    500 TFLOP/s. A slot fuller than half wastes less than half of the products.
     """
     slot = tl.program_id(0) % slots
     tile = tl.program_id(0) // slots
@@ -265,15 +287,16 @@ def _product_kernel(
     stride_c = half(numbers[0][4]).to(tl.int64)
     stride_y = half(numbers[0][5]).to(tl.int64)
     stride_x = half(numbers[0][6]).to(tl.int64)
-    rows = half(numbers[0][7])
+    part_height = half(numbers[0][7])
+    part_width = half(numbers[0][8]) * BLOCK_X
     fine_height = height
     fine_width = width
     tile_begin = 0
     channel_begin = 0
     position = 0
     partial_begin = tl.zeros((), tl.int64)
-    next_tile = tl.cdiv(channels, BLOCK_C) * tl.cdiv(height, rows)
-    next_partial = _partial_size(channels, height, rows, count)
+    next_tile = tl.cdiv(channels, BLOCK_C) * tl.cdiv(height, part_height) * tl.cdiv(width, part_width)
+    next_partial = _partial_size(channels, tl.cdiv(height, part_height) * tl.cdiv(width, part_width), count)
     next_channel = channels
     next_position = tl.cdiv(height, BLOCK_P) * BLOCK_P + tl.cdiv(width, BLOCK_X) * BLOCK_X
     for level in tl.static_range(1, len(features)):
@@ -286,15 +309,20 @@ def _product_kernel(
             stride_c = half(numbers[level][4]).to(tl.int64)
             stride_y = half(numbers[level][5]).to(tl.int64)
             stride_x = half(numbers[level][6]).to(tl.int64)
-            rows = half(numbers[level][7])
+            part_height = half(numbers[level][7])
+            part_width = half(numbers[level][8]) * BLOCK_X
             tile_begin = next_tile
             channel_begin = next_channel
             position = next_position
             partial_begin = next_partial
-            next_tile += tl.cdiv(channels, BLOCK_C) * tl.cdiv(height, rows)
+            next_tile += (
+                tl.cdiv(channels, BLOCK_C) * tl.cdiv(height, part_height) * tl.cdiv(width, part_width)
+            )
             next_channel += channels
             next_position += tl.cdiv(height, BLOCK_P) * BLOCK_P + tl.cdiv(width, BLOCK_X) * BLOCK_X
-            next_partial += _partial_size(channels, height, rows, count)
+            next_partial += _partial_size(
+                channels, tl.cdiv(height, part_height) * tl.cdiv(width, part_width), count
+            )
     column_position = position + tl.cdiv(height, BLOCK_P) * BLOCK_P
 
     feature_ptr = tl.multiple_of(address.to(features[0].dtype), ALIGN_BYTES)
@@ -315,13 +343,15 @@ def _product_kernel(
     row_low, row_high = _level_range(
         tl.load(spans_ptr + slot * 4), tl.load(spans_ptr + slot * 4 + 1), height, fine_height
     )
-    row_low = tl.maximum(row_low, part * rows)
-    row_high = tl.minimum(row_high, part * rows + rows)
+    part_columns = tl.cdiv(width, part_width)
+    row_low = tl.maximum(row_low, part // part_columns * part_height)
+    row_high = tl.minimum(row_high, part // part_columns * part_height + part_height)
     row_high = tl.where(image < images, row_high, row_low)
     column_low, column_high = _level_range(
         tl.load(spans_ptr + slot * 4 + 2), tl.load(spans_ptr + slot * 4 + 3), width, fine_width
     )
-    column_low = column_low // BLOCK_X * BLOCK_X
+    column_low = multiple(tl.maximum(column_low, part % part_columns * part_width), BLOCK_X)
+    column_high = tl.minimum(column_high, part % part_columns * part_width + part_width)
 
     k = tl.arange(0, BLOCK_K)
     x = tl.arange(0, BLOCK_X)
@@ -349,7 +379,7 @@ def _product_kernel(
     channels = multiple(channels, ALIGN_C)
     channel_begin = multiple(channel_begin, ALIGN_C)
     store = (box >= 0) & (channel[:, None] < channels)
-    if rows >= height:
+    if (part_height >= height) & (part_width >= width):
         out = out_ptr + box * multiple(out_channels, ALIGN_C) + channel_begin + channel[:, None]
         tl.store(out, accumulator.to(out_ptr.dtype.element_ty), mask=store)
     else:
@@ -360,10 +390,9 @@ def _product_kernel(
 
 
 @triton.jit
-def _partial_size(channels, height, rows, count):
-    """Partial sums of a level, in elements: none where one program runs over all its rows."""
-    parts = tl.cdiv(height, rows).to(tl.int64)
-    return tl.where(parts > 1, parts * count * channels, 0)
+def _partial_size(channels, parts, count):
+    """Partial sums of a level, in elements: none where it is one part."""
+    return tl.where(parts > 1, parts.to(tl.int64) * count * channels, 0)
 
 
 @triton.jit(do_not_specialize=["count", "out_channels"])
@@ -435,9 +464,11 @@ def _transposed_product_kernel(
     P = a_y ⊗ a_x is built in registers for each row of the tile; no element of the gradient is written twice.
     `numbers` holds C, H and W of every level, `results` the gradients of LEVELS.
 
-    Bytes: each gradient once, Σ C_l·H_l·W_l·itemsize a picture, 26.5 MB in bfloat16 at published sizes; what is
-    read, the weights and K·ΣC_l of the incoming gradient, stays in the cache. FLOPs as of the product. On
-    4.3 TB/s the floor is 6.2 µs a picture.
+    Bytes written: each gradient once, Σ C_l·H_l·W_l·itemsize a picture, 26.5 MB in bfloat16 at published sizes.
+    Read, from the cache: the incoming gradient and the columns' weights of the picture's boxes once for each
+    tile of ROWS rows where they fill one slot, else once for each row; with 100 boxes in two slots of 64 that
+    is 6 bytes for each byte written. FLOPs as of the product. On 4.3 TB/s the floor of what is written is
+    6.2 µs a picture.
     """
     image = tl.program_id(0) % images
     tile = tl.program_id(0) // images
@@ -497,18 +528,43 @@ def _transposed_product_kernel(
     result = result_ptr + (image * channels.to(tl.int64) + channel[None, :]) * height * width
     result += first_y.to(tl.int64) * width + first_x + x[:, None]
     weight_y_ptr = weights_ptr + (position + first_y).to(tl.int64) * weight_stride + k
-    for _ in range(first_y, tl.minimum(first_y + ROWS, height)):
-        accumulator = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
-        for row in range(first_row, last_row, BLOCK_K):
-            box = tl.load(rows_ptr + row + k).to(tl.int64)[:, None]
-            grad = grad_ptr + box * grad_channels + channel_begin + channel[None, :]
-            grads = tl.load(grad, mask=(box >= 0) & (channel[None, :] < channels), other=0.0)
-            weight = tl.load(weight_x_ptr + row) * (tl.load(weight_y_ptr + row) * SCALE)[None, :]
-            accumulator = tl.dot(weight.to(grads.dtype), grads, accumulator, input_precision=PRECISION)
-        values = (accumulator * (1.0 / SCALE)).to(result_ptr.dtype.element_ty)
-        tl.store(result, values, mask=inside)
-        result += width
-        weight_y_ptr += weight_stride
+    last_y = tl.minimum(first_y + ROWS, height)
+    if last_row <= first_row + BLOCK_K:
+        # One slot, or none, whose weights nobody wrote: what does not depend on the row stays where it is.
+        known = first_row + k < last_row
+        grads = _slot_grads(
+            grad_ptr, rows_ptr + first_row + k, channel_begin + channel, channel < channels, grad_channels
+        )
+        weight_x = tl.load(weight_x_ptr + first_row, mask=known[None, :], other=0.0) * SCALE
+        for _ in range(first_y, last_y):
+            weight_y = tl.load(weight_y_ptr + first_row, mask=known, other=0.0)
+            weight = (weight_x * weight_y[None, :]).to(grads.dtype)
+            values = tl.dot(weight, grads, input_precision=PRECISION) * (1.0 / SCALE)
+            tl.store(result, values.to(result_ptr.dtype.element_ty), mask=inside)
+            result += width
+            weight_y_ptr += weight_stride
+    else:
+        for _ in range(first_y, last_y):
+            accumulator = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
+            for row in range(first_row, last_row, BLOCK_K):
+                grads = _slot_grads(
+                    grad_ptr, rows_ptr + row + k, channel_begin + channel, channel < channels, grad_channels
+                )
+                weight = tl.load(weight_x_ptr + row) * (tl.load(weight_y_ptr + row) * SCALE)[None, :]
+                accumulator = tl.dot(weight.to(grads.dtype), grads, accumulator, input_precision=PRECISION)
+            values = accumulator * (1.0 / SCALE)
+            tl.store(result, values.to(result_ptr.dtype.element_ty), mask=inside)
+            result += width
+            weight_y_ptr += weight_stride
+
+
+@triton.jit
+def _slot_grads(grad_ptr, rows_ptr, columns, inside, grad_channels):
+    """Incoming gradients (BLOCK_K, BLOCK_C) of a slot's boxes; zero for rows without one."""
+    box = tl.load(rows_ptr).to(tl.int64)[:, None]
+    return tl.load(
+        grad_ptr + box * grad_channels + columns[None, :], mask=(box >= 0) & inside[None, :], other=0.0
+    )
 
 
 def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
@@ -517,15 +573,15 @@ def _forward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: 
         return _forward_config(32, 32, 16, 16, 4, 4, 1)
     rows = _slot_rows(count, 128)
     columns = 64 if dtype.itemsize == 2 else 32
-    warps = 8 if rows > 32 or target.capability >= 100 else 4
-    return _forward_config(rows, 64, columns, 8, 4, warps, 2 if target.capability >= 100 else 3)
+    warps = 8 if rows > 16 or target.capability >= 100 else 4
+    return _forward_config(rows, 64, columns, 8, 4, warps, 3)
 
 
 def _backward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _backward_config(32, 32, 16, 16, 3, 4, 1)
-    # More spill on sm_100 and, of float32, on sm_80.
-    most = 32 if target.capability >= 100 else 64
+    # More spill on sm_100, on AMD and, of float32, on sm_80.
+    most = 64 if target.capability in (80, 86, 89, 90) or target.backend == "interpreter" else 32
     rows = _slot_rows(count, most) if dtype.itemsize == 2 else 16
     return _backward_config(rows, 64, 64, 8, 8, 4, 2)
 

@@ -70,6 +70,8 @@ def fill_slots(
     BLOCK_X.
     """
     BLOCK_K, BLOCK_P, BLOCK_X = blocks["BLOCK_K"], blocks["BLOCK_P"], blocks["BLOCK_X"]
+    if BLOCK_X % BLOCK_P:
+        raise ValueError(f"BLOCK_X must be a multiple of BLOCK_P, got {BLOCK_X} and {BLOCK_P}")
     images, _, height, width = shapes[0]
     count = len(boxes) // BLOCK_K + images + 1
     positions = sum(_padded(shape[2], BLOCK_P) + _padded(shape[3], BLOCK_X) for shape in shapes)
@@ -167,8 +169,9 @@ def _fill_slots_kernel(
     and its span.
 
     Bytes: 4·R·Σ(H_l + W_l) written; 3 MB for 8 pictures with 100 boxes at published sizes, against 212 MB of
-    maps. FLOPs: about 40 for each of the R·Σ 2·(H_0 + W_0) pairs (i, j), 0.1 GFLOP there. Both are below a
-    tenth of the product's; the floor is a launch.
+    maps. Instructions: about 70 for each of the R·Σ 2·(H_0 + W_0) pairs (i, j), many of them for one division
+    rounded as IEEE asks; 16 pairs one after the other for the coarsest published level, the longest program.
+    Neither bytes nor instructions are a tenth of the product's; the floor is a launch and those 16 steps.
     """
     slot = tl.program_id(0) % slots
     position = tl.program_id(0) // slots * BLOCK_P
@@ -235,7 +238,8 @@ def _fill_slots_kernel(
     before = samples_before(i, base, origin, step, count, enter, leave)
     from_previous = distances(i - 1, previous, before - previous, base, origin, step)
     weight = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    for _ in range(tl.cdiv(2 * fine_size, size)):
+    padding = position - level_begin >= size
+    for _ in range(tl.where(padding, 0, tl.cdiv(2 * fine_size, size))):
         after = samples_before(i + 1, base, origin, step, count, enter, leave)
         number = after - before
         to_row = distances(i, before, number, base, origin, step)
