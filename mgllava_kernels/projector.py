@@ -12,7 +12,9 @@ from mgllava_kernels._checks import check_alike, check_tensor
 from mgllava_kernels._layers import call_obstacle, fusion_obstacle
 
 for _name in ("linear_gelu", "mlp_projector", "grouped_mlp_projector"):
-    backend.register(_name, torch="mgllava_kernels._torch.projector")
+    backend.register(
+        _name, torch="mgllava_kernels._torch.projector", triton="mgllava_kernels._triton.projector"
+    )
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
