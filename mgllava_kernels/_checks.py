@@ -18,12 +18,21 @@ def check_tensor(name: str, value: object, shape: Sequence[int | str]) -> Tensor
     if value.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     fits = value.ndim == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+        isinstance(want, str) or _equal(have, want) for have, want in zip(value.shape, shape, strict=True)
     )
     if not fits:
         expected = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
     return value
+
+
+def _equal(have: int, want: int) -> bool:
+    """Whether two sizes agree; under torch.compile sizes of unknown value (`mark_unbacked`) are taken to."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+        return guard_or_true(have == want)
+    return have == want
 
 
 def check_map(name: str, value: object, shape: Sequence[int | str]) -> Tensor:

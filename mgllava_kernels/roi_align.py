@@ -38,7 +38,10 @@ def roi_align(
             floating dtype. Coordinates are those of the picture; `spatial_scale` takes them to the map. Boxes
             may be inverted, of no size, or outside the map. In a function compiled by `torch.compile` use
             (K, 5): of a list every tensor is specialised on 0, 1 and many boxes, so lists whose lengths vary
-            exceed torch's recompile limit and then run uncompiled, or fail with `fullgraph=True`.
+            exceed torch's recompile limit and then run uncompiled, or fail with `fullgraph=True`. Of (K, 5)
+            torch compiles up to four graphs for one number of images; it specialises that number on 0 and 1
+            as well. `torch._dynamo.decorators.mark_unbacked(tensor, 0)` on `boxes` and `input` keeps any
+            sequence of both to one graph.
         output_size: bins (height, width), or one int for both.
         spatial_scale: map size / picture size.
         sampling_ratio: samples per bin and axis; 0 or less: ceil(box length / bins), as many as the bin is
@@ -90,14 +93,14 @@ def pooled_roi_align(
     Args:
         features: levels (B, C_l, H_l, W_l), the finest first; one floating dtype and device.
         boxes: as for `roi_align`: (K, 5) or B tensors (L, 4), xyxy. In a function compiled by `torch.compile`
-            use (K, 5): of a list every tensor is specialised on 0, 1 and many boxes, so lists whose lengths
-            vary exceed torch's recompile limit and then run uncompiled, or fail with `fullgraph=True`.
+            use (K, 5), and `mark_unbacked` as there.
         spatial_scale: size of `features[0]` / picture size.
         output_size, sampling_ratio, aligned: as for `roi_align`; they decide where samples lie.
 
     Returns:
         (K, ΣC_l) in the dtype of `features`, in the order of the boxes. Precision, autocast, gradients and
-        errors as for `roi_align`.
+        errors as for `roi_align`. A value that is not finite spoils the vectors of all boxes of its picture that
+        share its row or column range (0 · ∞), where the literal composition would spoil fewer.
 
     Source: the object branch of MG-LLaVA, arXiv 2406.17770, section 3.2.
     """

@@ -302,6 +302,28 @@ def test_four_graphs_for_any_sequence_of_box_counts():
     assert counter.frame_count <= 4
 
 
+def test_one_graph_for_any_sequence_of_unbacked_counts():
+    """Of images and boxes, 0 and 1 among them, on which torch specialises sizes that are not marked."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def pool(features, boxes):
+        return pooled_roi_align(features, boxes, spatial_scale=1.0, output_size=3)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(pool, fullgraph=True, backend=counter)
+    for images, count in ((2, 4), (2, 3), (1, 1), (1, 0), (3, 1), (3, 5), (3, 0), (1, 5)):
+        features = levels(images=images, requires_grad=True)
+        boxes = random_boxes(count, 12, images=images)
+        for tensor in (boxes, *features):
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        output, expected = compiled(features, boxes), pool(features, boxes)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(output.sum(), features), torch.autograd.grad(expected.sum(), features)
+        )
+    assert counter.frame_count == 1
+
+
 def test_lists_compile_without_graph_breaks():
     torch._dynamo.reset()
     features = levels()

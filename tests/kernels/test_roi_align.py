@@ -334,6 +334,28 @@ def test_four_graphs_for_any_sequence_of_box_counts():
     assert counter.frame_count <= 4
 
 
+def test_one_graph_for_any_sequence_of_unbacked_counts():
+    """Of images and boxes, 0 and 1 among them, on which torch specialises sizes that are not marked."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def align(input, boxes):
+        return roi_align(input, boxes, (2, 3), 0.5)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(align, fullgraph=True, backend=counter)
+    for images, count in ((2, 4), (1, 1), (1, 0), (3, 1), (3, 5), (3, 0), (1, 5)):
+        input = torch.randn(images, 3, 6, 5, requires_grad=True)
+        boxes = random_boxes(count, 12, images=images)
+        for tensor in (boxes, input):
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        output, expected = compiled(input, boxes), align(input, boxes)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(output.sum(), input), torch.autograd.grad(expected.sum(), input)
+        )
+    assert counter.frame_count == 1
+
+
 IMAGE, BOXES = torch.zeros(2, 3, 8, 8), torch.zeros(1, 5)
 
 
@@ -366,6 +388,12 @@ IMAGE, BOXES = torch.zeros(2, 3, 8, 8), torch.zeros(1, 5)
         ((IMAGE, BOXES, 2, 0.0), ValueError, "spatial_scale must be finite and greater than 0, got 0.0"),
         ((IMAGE, BOXES, 2, -1.0), ValueError, "spatial_scale must be .* got -1.0"),
         ((IMAGE, BOXES, 2, float("nan")), ValueError, "spatial_scale must be .* got nan"),
+        (
+            (IMAGE, BOXES, 2, 1e300),
+            ValueError,
+            "spatial_scale must be finite and greater than 0, got 1e\\+300",
+        ),
+        ((IMAGE, BOXES, 2**31), ValueError, "output_size must fit in 32 bits, got 2147483648"),
         ((IMAGE, BOXES, 2, "1"), TypeError, "spatial_scale must be a number, got str"),
         ((IMAGE, BOXES, 2, 1.0, 0.5), TypeError, "sampling_ratio must be an int, got float"),
         ((IMAGE, BOXES + torch.nan, 2), ValueError, r"boxes must be finite, got \[nan.* in row 0"),
