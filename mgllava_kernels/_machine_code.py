@@ -34,6 +34,10 @@ class Usage:
     spilled_registers: int
     scalar_spills: int
 
+    @property
+    def spills(self) -> bool:
+        return bool(self.stack_bytes or self.spilled_registers or self.scalar_spills)
+
 
 @dataclass(frozen=True)
 class Instructions:

@@ -97,10 +97,11 @@ class Built:
             return self.error
         if self.shared_memory > self.limit:
             return f"needs {self.shared_memory} bytes of shared memory, {self.target} has {self.limit}"
-        if self.usage is not None and (self.usage.stack_bytes or self.usage.spilled_registers):
+        if self.usage is not None and self.usage.spills:
             return (
-                f"spills: {self.usage.stack_bytes} bytes of stack, "
-                f"{self.usage.spilled_registers} vector registers counted as spilled"
+                f"spills: {self.usage.stack_bytes} bytes of stack; "
+                f"{self.usage.spilled_registers} vector and {self.usage.scalar_spills} scalar registers "
+                "counted as spilled"
             )
         return None
 
@@ -191,6 +192,7 @@ def compile_job(job: Job) -> list[Built]:
     with ExitStack() as stack:
         stack.enter_context(driver_for(job.target))
         stack.enter_context(launch.compile_only(job.target, compile))
+        stack.enter_context(configs.observe())  # nothing is launched: no advice to tune
         stack.enter_context(_forcing(job.forced))
         for call in job.op.workloads:
             workload = call.name
@@ -320,7 +322,7 @@ def load_native(jobs: Sequence[Job], built: Sequence[Built], target: Target) -> 
         except triton.runtime.errors.OutOfResources as error:
             problems.append(f"{kernel.fn.__name__}: {error}")
 
-    with launch.compile_only(target, load):
+    with launch.compile_only(target, load), configs.observe():
         for job in jobs:
             if job.target == target and job.forced is None:
                 for call in job.op.workloads:

@@ -3,10 +3,12 @@
 Tables are JSON files, `<kernel>/<device>.json`, written by `python -m mgllava_kernels.tune`. They are looked
 for in the folder that the environment variable MGLLAVA_KERNELS_CONFIGS names, if it is set, and then in this
 package; an entry of the former hides those of the latter for the same dtype and sizes. Both are read when a
-kernel is first launched on a device, and kept.
+kernel is first launched on a device, and kept. That a heuristic chooses is logged, at level INFO, once for each
+kernel and device.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from mgllava_kernels.configs.space import Config, Sizes, Space, legal
 
 if TYPE_CHECKING:
     from mgllava_kernels._triton.launch import Target
+
+logger = logging.getLogger("mgllava_kernels")
 
 __all__ = ["Config", "Request", "Sizes", "Space", "choose", "force", "legal", "observe", "reload"]
 
@@ -165,9 +169,23 @@ def _chosen(
 ) -> Config:
     entries = _entries(space, target).get((dtype, tuple(sorted(sizes))))
     if entries is None:
+        # The tuner and compilation ahead of time intervene; theirs are no launches of a user's.
+        if _intervention is None and target.backend != "interpreter":
+            _advise(space.kernel, target.name)
         return space.heuristic(target, dtype, dict(sizes), count)
     wanted = math.log(max(count, 1))
     return min(entries, key=lambda entry: abs(math.log(entry.count) - wanted)).config
+
+
+@functools.cache
+def _advise(kernel: str, device: str) -> None:
+    """Said once for a kernel on a device: later launches, of other sizes too, find nothing to do here."""
+    logger.info(
+        "no tuned launch parameters of %s for these sizes on %s: a heuristic chooses them; "
+        "`python -m mgllava_kernels.tune` measures and writes them for published sizes",
+        kernel,
+        device,
+    )
 
 
 @functools.cache

@@ -7,20 +7,33 @@ writes JSON to OUTPUT.
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.cache import get_cache_manager
 
+from mgllava_kernels import _machine_code
 from mgllava_kernels._triton import launch
-from mgllava_kernels._workloads import OPS, PICTURE, STAGES, Op, Workload, random_boxes
-from mgllava_kernels.aot import DEFAULT_TARGETS, TARGETS, Job, compile_jobs, driver_for, failures
+from mgllava_kernels._workloads import DTYPES, OPS, PICTURE, STAGES, Op, Workload, random_boxes
+from mgllava_kernels.aot import (
+    DEFAULT_TARGETS,
+    TARGETS,
+    Job,
+    compile_jobs,
+    driver_for,
+    failures,
+    plan,
+)
 
 PROCESSES = 2
+EVERYTHING = "MGLLAVA_KERNELS_TEST_EVERYTHING"
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -108,24 +121,98 @@ def cases() -> list[dict]:
     return [{**one.record(), "line": "\n".join(failures([one]))} for one in built]
 
 
+def covered(op: Op, target: str) -> dict[tuple[torch.dtype, str], Op]:
+    """By dtype and layout the calls of `op` to compile for a target.
+
+    All calls on sm_90 and, in bfloat16, elsewhere; in the other dtypes elsewhere the first call in one layout.
+    Everything takes twice the time: set EVERYTHING, or run `python -m mgllava_kernels.aot`, which fails on what
+    these tests fail on, but for the instructions that they expect.
+    """
+    first = replace(op, workloads=op.workloads[:1])
+    found = {}
+    for dtype, layout in product(DTYPES, op.layouts):
+        if target == "sm_90" or dtype == torch.bfloat16 or EVERYTHING in os.environ:
+            found[dtype, layout] = op
+        elif layout == op.layouts[0]:
+            found[dtype, layout] = first
+    return found
+
+
 def ops() -> list[dict]:
-    """In bfloat16 all calls of all ops on sm_90 and the first of each elsewhere; fewer in other dtypes."""
-    jobs = []
-    for op in OPS:
-        first = replace(op, workloads=op.workloads[:1])
-        jobs += [
-            Job(
-                op if (name, layout) == ("sm_90", "contiguous") else first,
-                TARGETS[name],
-                torch.bfloat16,
-                layout,
-            )
-            for layout in op.layouts
-            for name in DEFAULT_TARGETS
-        ]
-        jobs += [Job(first, TARGETS[name], torch.float32, "contiguous") for name in ("sm_90", "gfx942")]
-        jobs.append(Job(first, TARGETS["sm_90"], torch.float16, "contiguous"))
-    return [one.record() for one in compile_jobs(jobs, PROCESSES)]
+    """What `covered` says of every op on every target, and the shipped configs."""
+    targets = [TARGETS[name] for name in DEFAULT_TARGETS]
+    # Neighbours run at the same time: of different targets, they do not compile the same kernel twice.
+    jobs = [
+        Job(covered(op, target.name)[which], target, *which)
+        for op in OPS
+        for which in product(DTYPES, op.layouts)
+        for target in targets
+        if which in covered(op, target.name)
+    ]
+    jobs += [job for job in plan(OPS, targets, DTYPES) if job.forced is not None]
+    return [
+        {**one.record(), "reads": [] if one.hash is None else reads(one.kernel, one.hash)}
+        for one in compile_jobs(jobs, PROCESSES)
+    ]
+
+
+# A load of a matrix in Triton's first representation, with the place in the source that it comes from.
+MATRIX_LOAD = re.compile(r"= tt\.load .*: tensor<((?:\d+x){2,})!tt\.ptr<(\w+)>> loc\(#(\w+)\)")
+PLACES = re.compile(r"^#(\w+) = loc\((.*)\)$", re.MULTILINE)
+# The same in what is assembled: files by number, and the place that the next lines come from.
+FILES = re.compile(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', re.MULTILINE)
+PLACE = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
+
+
+@cache
+def reads(kernel: str, key: str) -> list[dict]:
+    """The loads of matrices in a compiled kernel: place, shape, element, and the machine's loads by bytes."""
+    files = get_cache_manager(key).get_group(f"{kernel}.json")
+    text = {Path(name).suffix: Path(path).read_text() for name, path in files.items() if is_text(name)}
+    places = dict(PLACES.findall(text[".ttir"]))
+
+    def place(name: str) -> str:
+        """Of a call inlined into another the place in the callee."""
+        written = re.search(r'"([^"]+)":(\d+):(\d+)', places[name])
+        if written is None:
+            return place(re.search(r"#(\w+)", places[name])[1])
+        return f"{Path(written[1]).name}:{written[2]}:{written[3]}"
+
+    if ".ptx" in text:
+        widths = widths_by_place(text[".ptx"], _machine_code.ptx_instructions)
+    else:
+        widths = widths_by_place(text[".amdgcn"], _machine_code.amd_instructions)
+    return [
+        {
+            "place": place(name),
+            "shape": [int(size) for size in shape.split("x")[:-1]],
+            "element": element,
+            "widths": widths.get(place(name), {}),
+        }
+        for shape, element, name in MATRIX_LOAD.findall(text[".ttir"])
+    ]
+
+
+def is_text(name: str) -> bool:
+    return name.endswith((".ttir", ".ptx", ".amdgcn"))
+
+
+def widths_by_place(text: str, instructions) -> dict[str, dict[int, int]]:
+    names = {number: Path(name).name for number, name in FILES.findall(text)}
+    widths: dict[str, dict[int, int]] = {}
+    here, counted = "", False
+    for line in text.splitlines():
+        if place := PLACE.match(line):
+            # Inside inline assembly LLVM numbers the lines of the assembly, from the place it comes from on.
+            if not counted:
+                here = f"{names[place[1]]}:{place[2]}:{place[3]}"
+        elif "inline asm" in line:
+            counted = "begin" in line
+        elif "ld." in line or "cp.async" in line or "_load" in line:
+            of_place = widths.setdefault(here, {})
+            for width, number in instructions(line).loads.items():
+                of_place[width] = of_place.get(width, 0) + number
+    return widths
 
 
 def files() -> set[str]:
@@ -133,8 +220,12 @@ def files() -> set[str]:
 
 
 def keys() -> dict:
+    """What `keys_of` finds, by target."""
+    return {name: keys_of(TARGETS[name]) for name in ("sm_90", "gfx942")}
+
+
+def keys_of(target: launch.Target) -> dict:
     """Compile a call ahead of time, in a process of its own; then make another, on tensors in memory."""
-    target = TARGETS["sm_90"]
     op = replace(OPS[0], workloads=OPS[0].workloads[:1])
     built = compile_jobs([Job(op, target, torch.bfloat16, "contiguous")], 1)
     before = files()

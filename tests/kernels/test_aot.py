@@ -1,14 +1,17 @@
 """Compilation ahead of time: what the kernels become on each target, and what is reported of it.
 
 Kernels are compiled in processes of their own: in this one Triton's interpreter may be on. That no candidate
-of the tuner spills takes too long for a test: `python -m mgllava_kernels.aot --candidates`.
+of the tuner spills takes too long for a test: `python -m mgllava_kernels.aot --candidates`. What is compiled here
+on each target, and how to compile everything, says `aot_cases.covered`.
 """
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from aot_cases import covered
 from typer.testing import CliRunner
 
 from mgllava_kernels import _machine_code, aot, configs
@@ -40,7 +44,7 @@ def compiled(work: str, folder: Path):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> list[dict]:
-    """Every kernel of the package; compiles for about a minute."""
+    """Every kernel of the package; compiles for a minute or two."""
     return compiled("ops", tmp_path_factory.mktemp("ops"))
 
 
@@ -82,52 +86,93 @@ def test_no_kernel_has_an_atomic_instruction(built, op, target):
         assert one["instructions"]["atomics"] == 0, one["kernel"]
 
 
-def wide_loads(one: dict) -> int:
-    return sum(number for width, number in one["instructions"]["loads"].items() if int(width) >= 16)
+# The kernel of an op that reads its maps, or the gradients of its output. That of roi_align_backward is not among
+# them: of a row of 7 or 14 bins it reads those that touch a tile, which begin anywhere.
+READERS = {
+    "pooled_roi_align": "_product_kernel",
+    "pooled_roi_align_backward": "_transposed_product_kernel",
+    "roi_align": "_roi_align_kernel",
+}
+MULTIPLIERS = {**READERS, "roi_align_backward": "_roi_align_backward_kernel"}
+UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+ELEMENTS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+def variants(built: list[dict], op: Op, target: str, kernel: str) -> list[dict]:
+    """All of one kernel of `op`, which must be there in every dtype and layout that is compiled."""
+    found = [one for one in of(built, op, target) if one["kernel"] == kernel]
+    assert {(one["dtype"], one["layout"]) for one in found} == expected(op, target)
+    return found
+
+
+def expected(op: Op, target: str) -> set[tuple[str, str]]:
+    return {(tables.dtype_name(dtype), layout) for dtype, layout in covered(op, target)}
+
+
+def described(one: dict) -> str:
+    options = " ".join(f"{name}={value}" for name, value in one["options"].items())
+    return f"{one['kernel']} {one['dtype']} {one['layout']} {options}"
+
+
+@each_target
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in READERS], ids=lambda op: op.name)
+def test_maps_are_read_sixteen_bytes_at_a_time(built, op, target):
+    """Every load of a map by every variant; less only where a thread has less to load of a tile."""
+    kernels = variants(built, op, target, READERS[op.name])
+    # Weights are float32: matrices of 16 bits are maps. In float32 these are what the same lines load.
+    places = {
+        read["place"]
+        for one in kernels
+        for read in one["reads"]
+        if one["dtype"] != "float32" and read["element"] == ELEMENTS[one["dtype"]]
+    }
+    assert places
+    for one in kernels:
+        threads = one["options"]["num_warps"] * TARGETS[target].warp_size
+        found = [read for read in one["reads"] if read["place"] in places]
+        assert found, described(one)
+        for read in found:
+            assert read["element"] == ELEMENTS[one["dtype"]]
+            tile = math.prod(read["shape"]) * getattr(torch, one["dtype"]).itemsize
+            assert read["widths"], f"{described(one)}: {read} is nowhere in the machine code"
+            assert min(map(int, read["widths"])) >= min(16, tile // threads), f"{described(one)}: {read}"
+
+
+@each_target
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in MULTIPLIERS], ids=lambda op: op.name)
+def test_products_are_those_of_the_targets_matrix_units(built, op, target):
+    for one in variants(built, op, target, MULTIPLIERS[op.name]):
+        assert one["instructions"]["matrix"].keys() == {UNITS[target]}, described(one)
 
 
 @each_target
 @each_op
-def test_maps_are_read_sixteen_bytes_at_a_time(built, op, target):
-    for layout in op.layouts:
-        kernels = of(built, op, target, dtype="bfloat16", layout=layout)
-        for call in {one["workload"] for one in kernels}:
-            assert any(wide_loads(one) for one in kernels), f"{layout}, {call}"
+def test_every_dtype_and_layout_is_compiled(built, op, target):
+    there = {(one["dtype"], one["layout"]) for one in of(built, op, target)}
+    assert there == expected(op, target)
+    assert {dtype for dtype, _ in there} == ELEMENTS.keys()
+    if target == "sm_90":
+        assert there == set(product(ELEMENTS, op.layouts))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.name.startswith("pooled")], ids=lambda op: op.name)
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory) -> dict[str, dict]:
+    return compiled("keys", tmp_path_factory.mktemp("keys"))
+
+
 @pytest.mark.parametrize(
-    ("target", "kinds"),
-    [
-        ("sm_80", {"mma.sync"}),
-        ("sm_90", {"mma.sync", "wgmma.mma_async"}),
-        ("sm_100", {"mma.sync", "tcgen05.mma"}),
-        ("gfx942", {"v_mfma"}),
-    ],
+    ("target", "inside"), [("sm_90", ["cuda", 90, 32]), ("gfx942", ["hip", "gfx942", 64])]
 )
-def test_pooling_multiplies_matrices(built, op, target, kinds):
-    found = {
-        kind for one in of(built, op, target, dtype="bfloat16") for kind in one["instructions"]["matrix"]
-    }
-    assert found
-    assert found <= kinds
-
-
-def test_pooling_of_many_boxes_takes_the_matrix_units_of_hopper(built):
-    kernels = of(built, OPS[0], "sm_90", dtype="bfloat16", workload=OPS[0].workloads[0].name)
-    assert any("wgmma.mma_async" in one["instructions"]["matrix"] for one in kernels)
-
-
-def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
+def test_a_launch_finds_what_was_compiled_ahead(keys, target, inside):
     """Other box counts, other batch, other tensors: the same keys in Triton's cache.
 
     Holds Triton to what it is used for: `driver.set_active`, kernels kept by device, `warmup`.
     """
-    result = compiled("keys", tmp_path)
+    result = keys[target]
     assert result["launched"].items() <= result["ahead"].items()
     assert len(result["launched"]) > 1
     assert result["new"] == []
-    assert result["inside"] == ["cuda", 90, 32]
+    assert result["inside"] == inside
     assert result["restored"]
 
 
@@ -345,10 +390,17 @@ def test_the_command_lists_what_it_compiled_and_fails_on_failures(monkeypatch, t
     for cell in ("contiguous, channels_last", "8 B, 2 scalar", "mma.sync 5", "3 of 5"):
         assert cell in row
     assert result.output.count("failed:") == 1
-    assert "spills: 8 bytes of stack" in result.output
+    assert "spills: 8 bytes of stack; 0 vector and 2 scalar registers" in result.output
     kernels = json.loads(output.read_text())["kernels"]
     assert [one["layout"] for one in kernels] == ["contiguous", "channels_last"]
     assert kernels[0]["failure"].startswith("spills")
+
+
+@pytest.mark.parametrize("spilled", [(8, 0, 0), (0, 3, 0), (0, 0, 2)])
+def test_each_kind_of_spill_is_a_failure(spilled):
+    fine = aot.Built("op", "bfloat16", "contiguous", "gfx942", "call", "_kernel", {}, 2048, 0.5)
+    assert dataclasses.replace(fine, usage=_machine_code.Usage(40, 0, 0, 0)).failure is None
+    assert "spills: " in dataclasses.replace(fine, usage=_machine_code.Usage(40, *spilled)).failure
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,9 +1,11 @@
 """Launch parameters: tables before heuristics, nearest counts, errors that name file and entry."""
 
 import json
+import logging
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ pytest.importorskip("triton")
 
 from mgllava_kernels import configs
 from mgllava_kernels._triton.launch import INTERPRETER, Target
+from mgllava_kernels._workloads import OPS, requests_of
 from mgllava_kernels.aot import TARGETS
 from mgllava_kernels.configs import Config, Space, choose, force, legal, observe, tables
 
@@ -277,6 +280,115 @@ def test_observe_collects_what_was_asked():
     assert requests[0].candidates() == [config(32), config(128)], "neither the heuristic's nor illegal ones"
 
 
-def test_every_shipped_table_is_sound():
-    for path in tables.PACKAGE.glob("*/*.json"):
-        tables.read(path)
+# Tables of the package, `<kernel>/<device>.json`: whoever adds one names it here.
+SHIPPED: list[str] = []
+
+
+def files_of(folder: Path) -> list[str]:
+    """Whatever lies in a folder of tables beside the package's modules."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in found if path.suffix not in (".py", ".pyc"))
+
+
+def space_of(kernel: str) -> Space | None:
+    """The space of a kernel that some op of the package launches."""
+    for op in OPS:
+        for layout in op.layouts:
+            for _, requests in requests_of(op, DEVICE, torch.bfloat16, layout):
+                for request in requests:
+                    if request.space.kernel == kernel:
+                        return request.space
+    return None
+
+
+def check(path: Path) -> int:
+    """The number of a table's entries, each of which can be launched on the table's device."""
+    table = tables.read(path)
+    space = space_of(table.kernel)
+    if space is None:
+        raise ValueError(f"{path}: no op launches {table.kernel}")
+    if not table.entries:
+        raise ValueError(f"{path} has no entries")
+    device = Target(name=table.device, **table.target)
+    for entry in table.entries:
+        reason = configs._unusable(entry, space, device)
+        if reason is not None:
+            raise ValueError(f"{path}: {entry}: {reason}")
+    return len(table.entries)
+
+
+def test_the_shipped_tables_are_those_known_and_sound():
+    found = files_of(tables.PACKAGE)
+    assert found == SHIPPED
+    entries = [check(tables.PACKAGE / name) for name in found]
+    print(f"{len(entries)} tables with {sum(entries)} entries")
+
+
+def real_table(folder: Path, **changes: int) -> Path:
+    """A table of a kernel of the package, as the tuner writes it; some blocks changed."""
+    (_, (request, *_)), *_ = requests_of(OPS[0], DEVICE, torch.bfloat16, "contiguous")
+    chosen = request.heuristic()
+    blocks = tuple({**dict(chosen.blocks), **changes}.items())
+    made = tables.Entry(
+        *request.key, request.count, replace(chosen, blocks=blocks), {"call": 2.0}, {"call": 3.0}, 0
+    )
+    return write(folder, made, kernel=request.space.kernel)
+
+
+def test_a_sound_table_passes_the_check_of_those_shipped(own):
+    path = real_table(own)
+    assert check(path) == 1
+    assert files_of(own) == [str(path.relative_to(own))]
+    (own / "stray.json.partial").write_text("")
+    assert len(files_of(own)) == 2, "whatever is left over is found as well"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: real_table(folder, BLOCK_K=100), "BLOCK_K must be a power of two, got 100"),
+        (lambda folder: real_table(folder, BLOCK_X=4096), "bytes of shared memory"),
+        (lambda folder: real_table(folder, BLOCK_Q=16), "the kernel takes BLOCK_K"),
+        (lambda folder: write(folder, entry(100, 32)), "no op launches example"),
+        (lambda folder: write(folder, kernel="pooled_roi_align"), "has no entries"),
+        (lambda folder: real_table(folder).rename(folder / "moved.json"), "holds the table of"),
+    ],
+    ids=["illegal", "too large", "other blocks", "other kernel", "empty", "moved"],
+)
+def test_a_broken_table_fails_the_check_of_those_shipped(own, spoil, message):
+    path = spoil(own)
+    with pytest.raises(ValueError, match=message):
+        check(path)
+
+
+def advice(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "mgllava_kernels"]
+
+
+def test_a_heuristic_is_announced_once_for_a_kernel_and_device(own, caplog):
+    caplog.set_level(logging.INFO, "mgllava_kernels")
+    space = replace(SPACE, kernel="announced")
+
+    def launched(target: Target, count: int, of: Space = space):
+        return choose(of, target, torch.bfloat16, SIZES, count)
+
+    launched(INTERPRETER, 1)
+    with observe():
+        launched(DEVICE, 1)
+    assert not advice(caplog), "neither the interpreter nor a tool that watches is advised"
+    for count in (2, 2, 3):
+        launched(DEVICE, count)
+    (said,) = advice(caplog)
+    for part in ("announced", "NVIDIA H200", "python -m mgllava_kernels.tune"):
+        assert part in said
+    assert caplog.records[-1].levelno == logging.INFO
+    launched(replace(DEVICE, name="NVIDIA H100"), 2)
+    launched(DEVICE, 2, replace(SPACE, kernel="announced as well"))
+    assert len(advice(caplog)) == 3
+
+
+def test_a_tuned_kernel_is_not_announced(own, caplog):
+    caplog.set_level(logging.INFO, "mgllava_kernels")
+    write(own, entry(100, 32), kernel="tuned")
+    assert choose(replace(SPACE, kernel="tuned"), DEVICE, torch.bfloat16, SIZES, 100) == config(32)
+    assert not advice(caplog)
