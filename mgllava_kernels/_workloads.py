@@ -96,7 +96,10 @@ def maps(shape: Sequence[int], dtype: torch.dtype, layout: str, device: torch.de
 
 
 def random_boxes(images: int, per_image: int, width: int, height: int, device: torch.device) -> Tensor:
-    """Boxes (images · per_image, 5) in whole pixels of a picture, picture after picture."""
+    """Boxes (images · per_image, 5) in whole pixels of a picture, picture after picture.
+
+    They lie between two uniform corners: on average a third of the picture's width and of its height.
+    """
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(images * per_image, 2, 2, generator=generator) * torch.tensor([width, height])
     index = torch.arange(images).repeat_interleave(per_image).unsqueeze(1)
@@ -133,30 +136,68 @@ def _pooled_backward_arguments(
     return grad, boxes, shapes, levels, STAGES[0][1] / PICTURE, BINS, BINS, -1, False
 
 
-# torchvision's feature pyramid: the finest level of two pictures of 1216x800 pixels.
+# torchvision's feature pyramid: the finest level of two pictures of 1216x800 pixels, with stride 4. It gets the
+# boxes of sqrt(area) below 112 pixels: level floor(4 + log2(sqrt(area) / 224)), brought within 2 to 5.
 LEVEL = (2, 256, 200, 304)
 LEVEL_PICTURE = (1216, 800)
-# Boxes in all, side of the output, sampling ratio, aligned.
+LEVEL_ROOTS = (16, 112)
+
+
+def level_boxes(images: int, per_image: int, width: int, height: int, device: torch.device) -> Tensor:
+    """Boxes (images · per_image, 5) inside a picture as the finest level gets them, picture after picture.
+
+    sqrt(area) is log-uniform in LEVEL_ROOTS, width / height log-uniform in 1/2 to 2, the place uniform. On the
+    map that is 12.7 cells a side on average and 40 at most.
+    """
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(images * per_image, 4, generator=generator)
+    smallest, largest = LEVEL_ROOTS
+    root = smallest * (largest / smallest) ** uniform[:, :1]
+    stretch = 2 ** (uniform[:, 1:2] - 0.5)
+    sides = torch.cat([root * stretch, root / stretch], dim=1)
+    low = uniform[:, 2:] * (torch.tensor([width, height]) - sides)
+    index = torch.arange(images).repeat_interleave(per_image).unsqueeze(1)
+    return torch.cat([index, low, low + sides], dim=1).to(device)
+
+
+Draw = Callable[[int, int, int, int, torch.device], Tensor]
+
+# What the boxes are called and how they are drawn, boxes in all, side of the output, sampling ratio, aligned.
 REGIONS = (
-    (512, 7, 2, False),
-    (1000, 7, 2, False),
-    (512, 14, 2, False),
-    (1000, 14, 2, False),
-    (512, 7, -1, True),
+    ("boxes", level_boxes, 512, 7, 2, False),
+    ("boxes", level_boxes, 1000, 7, 2, False),
+    ("boxes", level_boxes, 512, 14, 2, False),
+    ("boxes", level_boxes, 1000, 14, 2, False),
+    ("boxes", level_boxes, 512, 7, -1, True),
+    ("large boxes", random_boxes, 512, 7, 2, False),
 )
 
 
 def _roi_arguments(
-    boxes: int, side: int, ratio: int, aligned: bool, dtype: torch.dtype, layout: str, device: torch.device
+    draw: Draw,
+    boxes: int,
+    side: int,
+    ratio: int,
+    aligned: bool,
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device,
 ) -> tuple[Any, ...]:
-    rows = random_boxes(LEVEL[0], boxes // LEVEL[0], *LEVEL_PICTURE, device)
+    rows = draw(LEVEL[0], boxes // LEVEL[0], *LEVEL_PICTURE, device)
     return maps(LEVEL, dtype, layout, device), rows, LEVEL[3] / LEVEL_PICTURE[0], side, side, ratio, aligned
 
 
 def _roi_backward_arguments(
-    boxes: int, side: int, ratio: int, aligned: bool, dtype: torch.dtype, layout: str, device: torch.device
+    draw: Draw,
+    boxes: int,
+    side: int,
+    ratio: int,
+    aligned: bool,
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device,
 ) -> tuple[Any, ...]:
-    rows = random_boxes(LEVEL[0], boxes // LEVEL[0], *LEVEL_PICTURE, device)
+    rows = draw(LEVEL[0], boxes // LEVEL[0], *LEVEL_PICTURE, device)
     grad = maps((boxes, LEVEL[1], side, side), dtype, layout, device)
     return grad, rows, LEVEL, LEVEL[3] / LEVEL_PICTURE[0], side, side, ratio, aligned
 
@@ -171,10 +212,10 @@ def _pooled(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...]:
 def _regions(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...]:
     return tuple(
         Workload(
-            f"{boxes} boxes to {side}x{side}, ratio {ratio}" + (", aligned" if aligned else ""),
-            partial(arguments, boxes, side, ratio, aligned),
+            f"{boxes} {name} to {side}x{side}, ratio {ratio}" + (", aligned" if aligned else ""),
+            partial(arguments, draw, boxes, side, ratio, aligned),
         )
-        for boxes, side, ratio, aligned in REGIONS
+        for name, draw, boxes, side, ratio, aligned in REGIONS
     )
 
 

@@ -11,6 +11,11 @@ that its sums have one order and nothing is added atomically.
 Scratch is 4·K·(output_height·H + output_width·W) bytes of weights, in the forward as much again for rows as
 for their weights, in the backward 20·K a tile of one map. A feature that is not finite spoils all bins of the
 boxes around it (0·∞), as in the algebra on torch.
+
+Accounts are those of "512 boxes to 7x7, ratio 2" in `mgllava_kernels._workloads`: torchvision's finest level,
+2x256x200x304, and boxes as it gets them, 12.7 cells a side on average. Times are floors on an H100: 3.35 TB/s,
+495 TFLOP/s in tf32, a third of it in tf32x3, 67 TFLOP/s on CUDA cores; nothing here is measured. The same
+with its large boxes, 100 cells by 69, comes after.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mgllava_kernels._triton.axis_weights import axis_weight, box_axis, sample_run, touched_rows, within
-from mgllava_kernels._triton.box_groups import _image_of, group_boxes
+from mgllava_kernels._triton.box_groups import group_boxes, image_of
 from mgllava_kernels._triton.feature_layout import feature_layout
 from mgllava_kernels._triton.launch import Target, launch, multiple, target_of
+from mgllava_kernels._triton.precision import interpolation_precision
 from mgllava_kernels.configs import Config, Sizes, Space, choose
 
 # Rows of a list that the forward reads at once; lists are padded to it. Four is what a bin of sampling ratio 2
@@ -150,11 +156,10 @@ def _precision(dtype: torch.dtype, target: Target) -> str:
     """`input_precision` of the matmul over columns, whose operands are float32 whatever the features are.
 
     Of the composition's error tf32 with operands rounded to nearest makes 1.0 times in bfloat16, 1.7 in float16
-    and 45 in float32 (simulated), tf32x3 1.0 times in all.
+    and some 200 in float32, tf32x3 1.0 times in all: emulated, `test_precision_of_the_matmul`.
     """
-    if target.backend != "cuda":
-        return "ieee"
-    return "tf32" if dtype == torch.bfloat16 else "tf32x3"
+    precision = interpolation_precision(target)
+    return "tf32" if dtype == torch.bfloat16 and precision == "tf32x3" else precision
 
 
 def _axis_weights(
@@ -233,9 +238,8 @@ def _axis_weights_kernel(
     """Program (box, BLOCK_BINS bins of one axis), columns first: their weights on all rows of that axis.
 
     Writes 4·K·(J·W + I·H) bytes, or with LISTS 4·K·J·W and 8 for every row of weight other than zero; some 150
-    operations a weight, but only in the blocks of rows that the bins touch. At torchvision's detection shape
-    (2x256x200x304, 512 boxes, 7x7, ratio 2): 4.4 MB of columns, and 0.1 MB of lists or 2.9 MB of rows; 2 us at
-    3.35 TB/s.
+    operations a weight, but only in the blocks of rows that the bins touch. 4.4 MB of columns, and 0.1 MB of
+    lists or 2.9 MB of rows: 1.3 or 2.2 us to memory, less to L2, where they stay.
     """
     blocks_x = tl.cdiv(bins_x, BLOCK_BINS)
     blocks = blocks_x + tl.cdiv(bins_y, BLOCK_BINS)
@@ -374,12 +378,22 @@ def _roi_align_kernel(
     float32 on CUDA cores, BLOCK_C x BLOCK_X at a time over the columns of the box; the outer a matmul
     (BLOCK_C x BLOCK_X) · (BLOCK_X x BLOCK_J).
 
-    With r listed rows in the I bins of a box and X columns touched, each on average, reads of the map are
-    K·C·r·X elements from L2 and at least the map once from memory, writes K·C·I·J; 2·K·C·r·X operations on
-    CUDA cores and 2·K·C·I·X·max(J, 16) in the matmul. Channel blocks are outermost, so that the boxes share
-    one block's part of the map in L2. At torchvision's detection shape (2x256x200x304, 512 boxes, 7x7, ratio 2,
-    boxes of 28x28: r = 28, X = 30) in bfloat16: 220 MB from L2, 62 MB of map and 13 MB of output, 22 us at
-    3.35 TB/s; 0.2 GFLOP on CUDA cores, 0.9 in the matmul.
+    With r listed rows in the I bins of a box and X columns read, each on average, reads of the map are K·C·r·X
+    elements from L2 and at least the map once from memory, writes K·C·I·J; 2·K·C·r·X operations on CUDA cores
+    and 2·K·C·I·X·max(J, 16) in the matmul, X a multiple of BLOCK_X in both. Channel blocks are outermost, so
+    that the boxes share one block's part of the map in L2. Every program reads its weights, 4·I·J·X bytes.
+
+    r = 20, X = 22 (14 touched, in runs of 8), 35 in whole blocks. In bfloat16 62 MB of map and 13 MB of output
+    are 22 us, from L2 come 124 MB of map (77 channels last) and 14 of weights; 0.25 GFLOP on CUDA cores are 4
+    us, 1.0 in the matmul 2 us, 6 in tf32x3. In float32 45 us of memory, 248 MB from L2, 5 us in the matmul.
+    Of these memory bounds every dtype; L2, whose rate is not published, may. It does with large boxes: r = 26
+    and X = 104 make 708 MB from it in bfloat16 and 1,416 in float32, for the same 22 and 45 us of memory and
+    3.4 GFLOP in the matmul, 7 us or 21 in tf32x3.
+
+    In NCHW columns between the samples are read as well. A group of 8 has no weight only where samples lie more
+    than 9 cells apart: in none of those boxes, 0% of 124 MB. Of large boxes' groups it is 18%, but L2 hands out
+    32 bytes, and of groups of 16 elements of 16 bits 1%. To skip them a reduction of the weights and a pass
+    through shared memory would come before the loads of every block, which now wait for nothing.
     """
     program = tl.program_id(0)
     blocks_j = tl.cdiv(bins_x, BLOCK_J)
@@ -390,7 +404,7 @@ def _roi_align_kernel(
     c = program // (blocks_j * blocks_i) // count * BLOCK_C + tl.arange(0, BLOCK_C)
     j = first_j + tl.arange(0, BLOCK_J)
 
-    image = _image_of(boxes_ptr, box, count, images)
+    image = image_of(boxes_ptr, box, count, images)
     start, bin_size, points = box_axis(
         tl.load(boxes_ptr + box * 5 + 1),
         tl.load(boxes_ptr + box * 5 + 3),
@@ -504,8 +518,7 @@ def _tile_lists_kernel(
 
     lists (5, tiles, K): box, first bin row that touches the tile, one past the last, and so for bin columns;
     those of picture b from offsets[b] on, lengths[b, tile] of them. Reads 24·K_b bytes, L2 hits, some 200
-    operations a box and tile. At torchvision's detection shape with tiles of 8x64: 250 programs of two steps,
-    the time of a launch.
+    operations a box and tile. With tiles of 8x32 500 programs of two steps: the time of a launch.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -599,11 +612,19 @@ def _roi_align_backward_kernel(
     in float32 on CUDA cores over the bin rows that touch the tile, the outer a matmul
     (BLOCK_Y·BLOCK_C x BLOCK_J) · (BLOCK_J x BLOCK_X) into the tile's accumulator.
 
-    With n pairs of box and tile and i bin rows a pair, each pair reads 4·BLOCK_J·(BLOCK_X + i) bytes of
-    weights and C·i·J elements of the gradient from L2 and takes 2·C·BLOCK_Y·BLOCK_J·(i + BLOCK_X) operations,
-    the second term in the matmul; g is read and dF written to memory once. At torchvision's detection shape
-    (2x256x200x304, 512 boxes of 28x28, 7x7, ratio 2; tiles of 8x64: n = 3,500, i = 3) in bfloat16: 62 MB of dF
-    and 13 MB of g, 22 us at 3.35 TB/s; 0.7 GFLOP on CUDA cores, 14.7 in the matmul.
+    With n pairs of box and tile, i bin rows and j bin columns a pair, each pair reads its weights once for every
+    channel block, 4·C/BLOCK_C·(j·BLOCK_X + i·BLOCK_Y) bytes, and C·i·j elements of g, all from L2 but the first
+    time, and takes 2·C·BLOCK_Y·BLOCK_J·i operations on CUDA cores and 2·C·BLOCK_Y·BLOCK_J·BLOCK_X in the
+    matmul. Memory gets dF once and gives g once; the weights are in L2 from the kernel before.
+
+    Tiles of 8x32: n = 2,032, i = 3.4, j = 5.2; from L2 25 MB of weights and 19 MB of g in 16 bits, 38 in
+    float32. 0.46 GFLOP on CUDA cores are 7 us; 4.3 in the matmul are 9 us in tf32 and 26 in tf32x3. Most of
+    the matmul is padding, from 5 bins to 16 and from some 10 columns to 32. Memory: 62 MB of dF and 13 of g in
+    16 bits are 22 us, 150 MB in float32 45 us. The larger of the two is 22 us in bfloat16 (memory), 26 in
+    float16 (matmul) and 45 in float32 (memory).
+
+    With large boxes n = 18,700, i = 1.8, j = 2.6: the matmul bounds every dtype, 39 GFLOP, 79 us in bfloat16
+    and 238 in the others; 2.1 GFLOP on CUDA cores are 32 us, from L2 come 116 MB of weights and 43 of g.
     """
     program = tl.program_id(0)
     image_tile = program % (images * tiles)
@@ -703,7 +724,8 @@ def _backward_tile(target: Target, block_c: int, block_y: int, block_x: int) -> 
 def _backward_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _backward_config(4, 4, 8, 4, 1)
-    return _backward_tile(target, 16, 8, 64)
+    # Less padding than with 8x64: 4.3 GFLOP of matmul for 7.2, and 25 MB of weights for 44.
+    return _backward_tile(target, 16, 8, 32)
 
 
 def _backward_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterator[Config]:

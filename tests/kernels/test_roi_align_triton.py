@@ -1,6 +1,7 @@
 """`roi_align` in Triton, forward and backward: values, gradients, memory, edge cases, the public op."""
 
 from importlib import import_module
+from itertools import product
 
 import hypothesis.strategies as st
 import naive
@@ -9,13 +10,16 @@ import torch
 import torchvision
 from hypothesis import HealthCheck, given, settings
 from kernel_cases import KERNEL_DEVICE, KERNEL_DTYPES, as_accurate, random_boxes, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from mgllava_kernels import reference, use_backend
 from mgllava_kernels import roi_align as public_roi_align
 from mgllava_kernels._torch import roi_align as torch_path
+from mgllava_kernels._triton import box_groups
 from mgllava_kernels._triton import roi_align as kernels
-from mgllava_kernels._triton.launch import Target
+from mgllava_kernels._triton.launch import INTERPRETER, Target
 
 GUARD = 4096
 
@@ -39,6 +43,10 @@ coordinate = st.one_of(
 )
 
 
+def gpu(capability: int, shared_memory: int = 232448) -> Target:
+    return Target("cuda", capability, "GPU", 132, shared_memory, 32)
+
+
 def tensor(rows: list[list[float]]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32, device=KERNEL_DEVICE).reshape(-1, 5)
 
@@ -49,9 +57,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def expected(input, boxes, *options):
     """torchvision's values and a gradient in float64 at float32 boxes, with the output's gradient."""
-    input = input.detach().double().cpu().requires_grad_()
+    dtype, input = input.dtype, input.detach().double().cpu().requires_grad_()
     output = reference.roi_align(input, boxes.cpu().double(), *options)
-    grad = torch.randn(output.shape, dtype=torch.float64)
+    grad = torch.randn(output.shape).to(dtype).double()
     (gradient,) = torch.autograd.grad(output, input, grad)
     return output.detach(), grad, gradient
 
@@ -70,17 +78,56 @@ def check(input, boxes, *options, tolerance=3e-6):
     assert relative_error(actual.cpu(), gradient) < tolerance
 
 
+def boxes_of_all_kinds(size: float) -> torch.Tensor:
+    """Random ones inside two pictures of `size`, across their edges, far outside; inverted; of no size."""
+    boxes = random_boxes(10, size, images=2, seed=3)
+    boxes[2:4, 1:] = boxes[2:4, 1:] * 3 - size
+    boxes[4, 1:] += 1000
+    boxes[5, 1:] -= 1e6
+    boxes[6] = boxes[6, [0, 3, 4, 1, 2]]
+    boxes[7] = boxes[7, [0, 3, 2, 1, 4]]
+    boxes[8, 3:] = boxes[8, 1:3]
+    boxes[9, 3] = boxes[9, 1]
+    return boxes
+
+
 @pytest.mark.parametrize(
-    ("sampling_ratio", "aligned"), [(-1, False), (-1, True), (1, True), (2, False), (3, True)]
+    ("sampling_ratio", "aligned", "dtype"),
+    [
+        *product((-1, 1, 2, 3), (False, True), (torch.float32,)),
+        *((ratio, ratio % 2 == 1, torch.float16) for ratio in (-1, 1, 2, 3)),
+    ],
 )
-def test_torchvision_s_values_and_gradients(sampling_ratio, aligned):
-    # torchvision has values for inverted boxes where the number of samples is given.
-    boxes = tensor(BOXES + (INVERTED if sampling_ratio > 0 else []))
-    check(randn(2, 3, 7, 13), boxes, 0.5, 3, 5, sampling_ratio, aligned)
+def test_values_and_gradients_of_random_boxes(sampling_ratio, aligned, dtype):
+    input, boxes = randn(2, 3, 7, 12, dtype=dtype), boxes_of_all_kinds(24)
+    options = (0.5, 2, 3, sampling_ratio, aligned)
+    tolerance = 3e-6 if dtype == torch.float32 else 0.5 * torch.finfo(dtype).eps
+    output = kernels.roi_align(input, boxes.to(KERNEL_DEVICE), *options)
+    assert output.dtype == dtype
+    assert output.is_contiguous()
+    loop = naive.roi_align(input.cpu(), boxes, (2, 3), 0.5, sampling_ratio, aligned)
+    assert relative_error(output.cpu(), loop) < tolerance
+
+    # torchvision's reach: no inverted boxes of adaptive samples. Those have none, hence no gradient.
+    adaptive = aligned and sampling_ratio <= 0
+    known = (boxes[:, 3:] >= boxes[:, 1:3]).all(1) if adaptive else torch.ones(len(boxes), dtype=torch.bool)
+    assert known.sum() >= 8
+    assert not output.cpu()[~known].any()
+    leaf = input.double().cpu().requires_grad_()
+    exact = torchvision.ops.roi_align(leaf, boxes[known].double(), (2, 3), *options[:1], *options[3:])
+    assert relative_error(output.cpu()[known], exact.detach()) < tolerance
+    grad = torch.randn(output.shape).to(dtype)
+    (gradient,) = torch.autograd.grad(exact, leaf, grad[known].double())
+    actual = kernels.roi_align_backward(
+        grad.to(KERNEL_DEVICE), boxes.to(KERNEL_DEVICE), input.shape, *options
+    )
+    assert actual.dtype == dtype
+    assert actual.is_contiguous()
+    assert relative_error(actual.cpu(), gradient) < tolerance
 
 
 def test_one_bin():
-    check(randn(2, 3, 7, 13), tensor(BOXES), 0.5, 1, 1, -1, False)
+    check(randn(2, 3, 7, 13), tensor(BOXES[:4]), 0.5, 1, 1, -1, False)
 
 
 def test_seven_bins_of_several_blocks():
@@ -93,15 +140,6 @@ def test_more_bins_than_a_block_of_weights():
 
 def test_bins_of_many_samples():
     check(randn(2, 2, 7, 13), tensor(BOXES[:3] + INVERTED), 1.0, 2, 1, 67, True)
-
-
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_naive_loop_s_values(dtype):
-    input = randn(2, 3, 8, 11, dtype=dtype)
-    boxes = tensor(BOXES + INVERTED)
-    output = kernels.roi_align(input, boxes, 0.5, 2, 3, 2, False)
-    loop = naive.roi_align(input.cpu(), boxes.cpu(), (2, 3), 0.5, 2, False)
-    assert relative_error(output.cpu(), loop) < 4 * torch.finfo(dtype).eps
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -150,13 +188,93 @@ def test_as_accurate_as_the_composition(dtype):
     assert as_accurate(gradient, composed, exact_gradient)
 
 
-def test_gradients_have_the_same_bits_every_time():
-    boxes = random_boxes(8, 40, images=2).to(KERNEL_DEVICE)
-    grad = randn(8, 3, 2, 2)
-    first, second = (
-        kernels.roi_align_backward(grad, boxes, (2, 3, 10, 12), 0.25, 2, 2, 2, False) for _ in range(2)
+def nearest_tf32(value: torch.Tensor) -> torch.Tensor:
+    """PTX's cvt.rna.tf32.f32 of finite values: 11 bits, to nearest, ties away from zero."""
+    return ((value.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_rounding_to_tf32():
+    ulp = 2.0**-10
+    halfway = torch.tensor([1 + ulp / 2, 1 + ulp / 2 - 2**-23, 1 + 3 * ulp / 2, 2 - ulp / 2, 0.0, 3.0])
+    expected = torch.tensor([1 + ulp, 1.0, 1 + 2 * ulp, 2.0, 0.0, 3.0])
+    assert torch.equal(nearest_tf32(halfway), expected)
+    assert torch.equal(nearest_tf32(-halfway), -expected)
+    value = torch.randn(10_000) * 2.0 ** torch.randint(-60, 60, (10_000,))
+    mantissa, exponent = torch.frexp(value.double())
+    scaled = mantissa * 2**11
+    expected = torch.ldexp(scaled.sign() * (scaled.abs() + 0.5).floor(), exponent - 11)
+    assert torch.equal(nearest_tf32(value).double(), expected)
+    rest = value - nearest_tf32(value)
+    assert ((nearest_tf32(value) + nearest_tf32(rest) - value).abs() <= value.abs() * 2.0**-22).all()
+
+
+def tensor_core_product(equation: str, a: torch.Tensor, b: torch.Tensor, precision: str) -> torch.Tensor:
+    """What a matmul of this `input_precision` makes of float32 operands, but for its order of summation."""
+    high_a, high_b = nearest_tf32(a), nearest_tf32(b)
+    result = torch.einsum(equation, high_a, high_b)
+    if precision == "tf32x3":
+        result += torch.einsum(equation, nearest_tf32(a - high_a), high_b)
+        result += torch.einsum(equation, high_a, nearest_tf32(b - high_b))
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_precision_of_the_matmul(dtype):
+    """The operands of both kernels, multiplied as on a GPU of the precision chosen there: no kernel runs."""
+    input, boxes = torch.randn(2, 8, 32, 40).to(dtype), random_boxes(40, 140, images=2)
+    options = (0.25, 7, 7, 2, False)
+    leaf = input.clone().requires_grad_()
+    composition = reference.roi_align(leaf, boxes, *options)
+    grad = torch.randn_like(composition)
+    (composed,) = torch.autograd.grad(composition, leaf, grad)
+    leaf = input.double().requires_grad_()
+    exact = reference.roi_align(leaf, boxes.double(), *options)
+    (exact_gradient,) = torch.autograd.grad(exact, leaf, grad.double())
+
+    image = boxes[:, 0].long()
+    rows, columns = (
+        torch_path.axis_weights(
+            torch_path.axis_samples(
+                boxes[:, low], boxes[:, low + 2], *options[:2], *options[3:], per_bin=True
+            ),
+            size,
+        )
+        for low, size in ((2, 32), (1, 40))
     )
-    assert torch.equal(first, second)
+    weighted = torch.einsum("kiy,kcyx->kcix", rows, input[image].float())
+    weighted_grad = torch.einsum("kiy,kcij->kcyj", rows, grad.float())
+
+    def errors(precision: str) -> tuple[float, float]:
+        """Of values and gradients, as multiples of the composition's."""
+        output = tensor_core_product("kcix,kjx->kcij", weighted, columns, precision).to(dtype)
+        boxes_gradients = tensor_core_product("kcyj,kjx->kcyx", weighted_grad, columns, precision)
+        gradient = torch.zeros(input.shape).index_add_(0, image, boxes_gradients).to(dtype)
+        return (
+            relative_error(output, exact) / relative_error(composition, exact),
+            relative_error(gradient, exact_gradient) / relative_error(composed, exact_gradient),
+        )
+
+    chosen = {capability: kernels._precision(dtype, gpu(capability)) for capability in (80, 90, 100)}
+    assert set(chosen.values()) == {"tf32" if dtype == torch.bfloat16 else "tf32x3"}
+    assert kernels._precision(dtype, INTERPRETER) == "ieee"
+    assert kernels._precision(dtype, Target("hip", "gfx942", "MI300X", 304, 65536, 64)) == "ieee"
+    assert max(errors(chosen[90])) < 1.1
+    low, high = {torch.float32: (100, 500), torch.float16: (1.5, 2), torch.bfloat16: (0.9, 1.1)}[dtype]
+    for error in errors("tf32"):
+        assert low < error < high
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_two_runs_have_identical_bits(dtype):
+    boxes = random_boxes(40, 32).to(KERNEL_DEVICE)
+    input, grad = randn(1, 3, 4, 8, dtype=dtype), randn(40, 3, 1, 2, dtype=dtype)
+    options = (0.25, 1, 2, 2, False)
+    for run in (
+        # One program sums up a value, of one box; a gradient's sum goes through all boxes.
+        lambda: kernels.roi_align(input, boxes[:8], *options),
+        lambda: kernels.roi_align_backward(grad, boxes, input.shape, *options),
+    ):
+        assert torch.equal(run(), run())
 
 
 def views(input: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -211,15 +329,14 @@ def test_offsets_beyond_32_bits(strides):
 
 def test_blocks_of_a_gpu(monkeypatch):
     """The interpreter runs with small blocks; here with those that the heuristics choose for a GPU."""
-    target = Target("cuda", 90, "H100", 132, 232448, 32)
-    monkeypatch.setattr(kernels, "choose", lambda space, _, *arguments: space.heuristic(target, *arguments))
+    monkeypatch.setattr(kernels, "choose", lambda space, _, *arguments: space.heuristic(gpu(90), *arguments))
     check(randn(2, 70, 10, 70), tensor(BOXES[:4]), 0.5, 2, 18, 2, False)
 
 
 def test_heuristics_and_candidates_fit():
     for target in (
-        Target("cuda", 80, "A100", 108, 166912, 32),
-        Target("cuda", 90, "H100", 132, 232448, 32),
+        gpu(80, shared_memory=166912),
+        gpu(90),
         Target("hip", "gfx942", "MI300X", 304, 65536, 64),
     ):
         for dtype in (torch.float32, torch.bfloat16):
@@ -277,7 +394,7 @@ UNKNOWN = [[-1, 1, 1, 9, 9], [2, 1, 1, 9, 9], [torch.nan, 1, 1, 9, 9], [1e30, 1,
 def test_rows_of_no_picture_are_zero_and_every_element_is_written(guarded, sampling_ratio):
     padded = torch.full((2 * GUARD + 2 * 3 * 7 * 13,), torch.nan, device=KERNEL_DEVICE)
     input = padded[GUARD:-GUARD].view(2, 3, 7, 13).copy_(randn(2, 3, 7, 13))
-    known = tensor(BOXES)
+    known = tensor(BOXES[1:5])
     boxes = torch.cat([tensor(UNKNOWN[:2]), known, tensor(UNKNOWN[2:])])
     options = (0.5, 3, 2, sampling_ratio, False)
     output = kernels.roi_align(input, boxes, *options)
@@ -291,17 +408,26 @@ def test_rows_of_no_picture_are_zero_and_every_element_is_written(guarded, sampl
 
 
 @pytest.mark.parametrize(("sampling_ratio", "aligned"), [(-1, True), (2, False)])
-def test_coordinates_that_are_not_finite_stay_in_memory(guarded, sampling_ratio, aligned):
-    bad = [torch.nan, torch.inf, -torch.inf, 3e38]
-    boxes = tensor([[0, *(a if i == j else 4.0 * (j + 1) for j in range(4))] for a in bad for i in range(4)])
-    boxes = torch.cat([boxes, tensor([[1, 3, 2, 9, 11], [1, *(torch.nan,) * 4]])])
+def test_coordinates_that_are_not_finite(guarded, sampling_ratio, aligned):
+    """Beyond 1e18 cells coordinates count as 1e18. With a NaN a row is finite, and no other row changes."""
+    whole = [4.0, 8.0, 12.0, 16.0]
+    rows = {
+        bad: [[*whole[:i], bad, *whole[i + 1 :]] for i in range(4)] for bad in (torch.inf, 3e38, torch.nan)
+    }
+    far = tensor([[1, *row] for row in [*rows[torch.inf], *rows[3e38], [-torch.inf] * 4, [3, 2, 9, 11]]])
+    nan = tensor([[0, *row] for row in [*rows[torch.nan], [torch.nan] * 4]])
+    boxes = torch.cat([nan, far])
     input = randn(2, 2, 6, 9)
     options = (0.5, 1, 2, sampling_ratio, aligned)
     output = kernels.roi_align(input, boxes, *options)
-    row = torch_path.roi_align(input, boxes[-2:-1], *options)
-    torch.testing.assert_close(output[-2:-1], row)
-    gradient = kernels.roi_align_backward(randn(*output.shape), boxes, input.shape, *options)
-    assert gradient.shape == input.shape
+    assert output[: len(nan)].abs().max() <= input.abs().max()
+    expected = torch_path.roi_align(input, far, *options)
+    torch.testing.assert_close(output[len(nan) :], expected, atol=1e-5, rtol=1e-5)
+    grad = randn(*output.shape)
+    gradient = kernels.roi_align_backward(grad, boxes, input.shape, *options)
+    assert gradient[0].isfinite().all()
+    expected = torch_path.roi_align_backward(grad[len(nan) :], far, input.shape, *options)
+    torch.testing.assert_close(gradient[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6), (0, 3, 5, 6), (2, 0, 5, 6)])
@@ -332,14 +458,14 @@ def test_public_op_takes_any_mix_of_dtypes(dtype, box_dtype):
 
 
 def test_public_op_is_torchvision_s_with_its_gradient():
-    boxes = tensor(BOXES)
+    boxes = tensor(BOXES[:3])
     results = []
     for function in (public_roi_align, torchvision.ops.roi_align):
         torch.manual_seed(1)
         input = randn(2, 3, 9, 12).requires_grad_()
         with use_backend("triton"):
             output = function(input, boxes, (2, 3), 0.5, 2)
-            (output * randn(8, 3, 2, 3)).sum().backward()
+            (output * randn(3, 3, 2, 3)).sum().backward()
         results.append((output.detach(), input.grad))
     for actual, other in zip(*results, strict=True):
         assert relative_error(actual, other) < 1e-6
@@ -367,3 +493,84 @@ def test_opcheck(dtype, count):
     opcheck(ops._roi_align, (input, boxes, *arguments))
     grad = randn(count, 2, 1, 2, dtype=dtype)
     opcheck(ops._roi_align_backward, (grad, boxes, list(input.shape), *arguments))
+
+
+@pytest.mark.parametrize(
+    "counts", [[(3, 2), (5, 2), (1, 2), (0, 2), (2, 2)], [(3, 2), (2, 3), (4, 4), (2, 2)]]
+)
+def test_four_graphs_for_any_sequence_of_counts(counts):
+    """Of (boxes, pictures). torch itself specialises each of the two on 0 and on 1."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(public_roi_align, fullgraph=True, backend=counter)
+    for step, (count, images) in enumerate(counts):
+        input = randn(images, 2, 4, 5).requires_grad_()
+        boxes = random_boxes(count, 8, images=images, seed=step).to(KERNEL_DEVICE)
+        with use_backend("triton"):
+            output = compiled(input, boxes, (1, 2), 0.5)
+        exact = reference.roi_align(input, boxes, 0.5, 1, 2, -1, False)
+        torch.testing.assert_close(output, exact)
+        (gradient,) = torch.autograd.grad(output.sum(), input)
+        torch.testing.assert_close(gradient, *torch.autograd.grad(exact.sum(), input))
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.skipif(KERNEL_DEVICE == "cpu", reason="needs a GPU: captures a CUDA graph")
+def test_replays_in_a_cuda_graph():
+    input, boxes = randn(2, 16, 20, 24, dtype=torch.bfloat16), random_boxes(12, 80, images=2).cuda()
+    grad = randn(12, 16, 7, 7, dtype=torch.bfloat16)
+    options = (0.25, 7, 7, 2, False)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            kernels.roi_align(input, boxes, *options),
+            kernels.roi_align_backward(grad, boxes, input.shape, *options),
+        )
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    boxes.copy_(random_boxes(12, 80, images=2, seed=5))
+    graph.replay()
+    for actual, expected in zip(captured, run(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_every_kernel_is_launched_on_the_device_of_the_tensors(monkeypatch):
+    """Of a second GPU, which only pretends to be there."""
+    current, launches = [], []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((self.name, *current))
+
+    names = ("_axis_weights_kernel", "_roi_align_kernel", "_tile_lists_kernel", "_roi_align_backward_kernel")
+    for name in names:
+        monkeypatch.setattr(kernels, name, Kernel(name))
+    monkeypatch.setattr(box_groups, "_group_boxes_kernel", Kernel("_group_boxes_kernel"))
+    monkeypatch.setattr(kernels, "target_of", lambda device: gpu(90))
+    monkeypatch.setattr(kernels, "feature_layout", lambda features: ("nchw", 1))
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    device, options = torch.device("cuda:1"), (0.25, 7, 7, 2, False)
+    with FakeTensorMode():
+        input, boxes = torch.empty(2, 3, 8, 8, device=device), torch.empty(4, 5, device=device)
+        output = kernels.roi_align(input, boxes, *options)
+        assert output.device == device
+        assert kernels.roi_align_backward(output, boxes, input.shape, *options).device == device
+    weights, forward, lists, backward = names
+    expected = [weights, forward, weights, "_group_boxes_kernel", lists, backward]
+    assert launches == [(name, device) for name in expected]
