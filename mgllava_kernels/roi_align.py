@@ -56,8 +56,9 @@ def roi_align(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; a non-positive size or
             scale; a map without rows or columns. On the CPU also a non-finite coordinate or an image index
-            outside [0, B); on a GPU, where only a synchronisation could see those, a row with such an index is
-            zero.
+            outside [0, B). On a GPU, where only a synchronisation could see those, a row with such an index is
+            zero, infinite coordinates count as 1e18 cells away, and a coordinate that is NaN makes its own row
+            some finite average of a finite map; nothing beside the map is read.
         RuntimeError: inside a `torch.func` transform or forward-mode differentiation.
 
     Source: He et al., Mask R-CNN, arXiv 1703.06870, section 3.
