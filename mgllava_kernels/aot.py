@@ -443,6 +443,8 @@ def main(
     if not console.is_terminal:
         console.width = 250  # in a file or a pipe nobody sees where a line should break
     try:
+        if json_path is not None and not (json_path.parent.is_dir() and os.access(json_path.parent, os.W_OK)):
+            raise ValueError(f"--json {json_path}: {json_path.parent} is no folder that can be written to")
         ops, dtypes = select(op or [], OPS), select_dtypes(dtype or [])
         targets = [find_target(name) for name in dict.fromkeys(target or DEFAULT_TARGETS)]
         planned = plan(ops, targets, dtypes, candidates)
@@ -455,7 +457,9 @@ def main(
         if json_path is not None:
             record = {"torch": torch.__version__, "triton": triton.__version__}
             record["kernels"] = [result.record() for result in built]
-            json_path.write_text(json.dumps(record, indent=1) + "\n")
+            partial = json_path.with_name(f".{json_path.name}.{os.getpid()}")
+            partial.write_text(json.dumps(record, indent=1) + "\n")
+            os.replace(partial, json_path)
     except (ValueError, RuntimeError, OSError) as error:
         errors.print("[bold red]error:[/]", end=" ")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)

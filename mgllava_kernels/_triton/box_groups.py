@@ -49,7 +49,7 @@ def image_of(boxes_ptr, rows, count, images):
     return tl.where(rows < count, image, images + 1)
 
 
-@triton.jit(do_not_specialize=["count", "images"])
+@triton.jit(do_not_specialize=["count", "images"], do_not_specialize_on_alignment=["boxes_ptr"])
 def _group_boxes_kernel(
     boxes_ptr, order_ptr, offsets_ptr, count, images, BLOCK: tl.constexpr, BLOCK_OTHERS: tl.constexpr
 ):

@@ -139,7 +139,10 @@ def _touched(low, high, spatial_scale, bins, sampling_ratio, size, ALIGNED: tl.c
     return first.to(tl.int32), last.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["height", "width", "slots", "images", "bins_y", "bins_x", "sampling_ratio"])
+@triton.jit(
+    do_not_specialize=["height", "width", "slots", "images", "bins_y", "bins_x", "sampling_ratio"],
+    do_not_specialize_on_alignment=["boxes_ptr"],
+)
 def _fill_slots_kernel(
     boxes_ptr,
     order_ptr,

@@ -214,7 +214,8 @@ def _axis_weights(
         "pitch_y",
         "spatial_scale",
         "sampling_ratio",
-    ]
+    ],
+    do_not_specialize_on_alignment=["boxes_ptr"],
 )
 def _axis_weights_kernel(
     boxes_ptr,
@@ -338,7 +339,8 @@ def _nearest_tf32(value):
         "stride_x",
         "spatial_scale",
         "sampling_ratio",
-    ]
+    ],
+    do_not_specialize_on_alignment=["boxes_ptr"],
 )
 def _roi_align_kernel(
     input_ptr,
@@ -492,7 +494,8 @@ def _touching_bins(start, bin_size, bins, first_row, block: tl.constexpr):
         "bins_x",
         "spatial_scale",
         "sampling_ratio",
-    ]
+    ],
+    do_not_specialize_on_alignment=["boxes_ptr"],
 )
 def _tile_lists_kernel(
     boxes_ptr,

@@ -93,7 +93,16 @@ READERS = {
     "pooled_roi_align_backward": "_transposed_product_kernel",
     "roi_align": "_roi_align_kernel",
 }
-MULTIPLIERS = {**READERS, "roi_align_backward": "_roi_align_backward_kernel"}
+PROJECTIONS = dict.fromkeys(
+    (
+        "grouped_mlp_projector",
+        "grouped_mlp_projector_backward",
+        "linear_gelu",
+        "linear_gelu_backward",
+    ),
+    "_product_kernel",
+)
+MULTIPLIERS = {**READERS, "roi_align_backward": "_roi_align_backward_kernel", **PROJECTIONS}
 UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 ELEMENTS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -141,8 +150,23 @@ def test_maps_are_read_sixteen_bytes_at_a_time(built, op, target):
 @each_target
 @pytest.mark.parametrize("op", [op for op in OPS if op.name in MULTIPLIERS], ids=lambda op: op.name)
 def test_products_are_those_of_the_targets_matrix_units(built, op, target):
+    """Linear layers in float32 are IEEE unless the user allows tf32, and NVIDIA's matrix units are not."""
     for one in variants(built, op, target, MULTIPLIERS[op.name]):
-        assert one["instructions"]["matrix"].keys() == {UNITS[target]}, described(one)
+        ieee = op.name in PROJECTIONS and one["dtype"] == "float32" and UNITS[target] != "v_mfma"
+        assert one["instructions"]["matrix"].keys() == (set() if ieee else {UNITS[target]}), described(one)
+
+
+@each_target
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in PROJECTIONS], ids=lambda op: op.name)
+def test_layers_read_whole_tiles_or_sixteen_bytes_at_a_time(built, op, target):
+    """Through tensor descriptors where there are some; these leave no loads in the product."""
+    for one in variants(built, op, target, PROJECTIONS[op.name]):
+        described_tiles = TARGETS[target].capability >= 90
+        assert one["options"]["USE_DESCRIPTORS"] == described_tiles
+        operands = [read for read in one["reads"] if read["place"].startswith("matmul.py")]
+        assert len(operands) == (0 if described_tiles else 2), described(one)
+        for read in operands:
+            assert {int(width) for width in read["widths"]} == {16}, f"{described(one)}: {read}"
 
 
 @each_target
@@ -354,6 +378,7 @@ def test_kernels_of_the_interpreter_are_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--json", "/nowhere/kernels.json"], "--json /nowhere/kernels.json: /nowhere is no folder"),
         (
             ["--target", "sm_75"],
             "target must be native or one of sm_80, sm_89, sm_90, sm_100, gfx942; got 'sm_75'",

@@ -23,6 +23,7 @@ from torch.library import opcheck
 from mgllava_kernels import active_backend, pooled_roi_align, use_backend
 from mgllava_kernels._triton import pooled_roi_align as implementation
 from mgllava_kernels._triton.box_groups import group_boxes
+from mgllava_kernels._triton.launch import odd
 
 ON_MAP = {"spatial_scale": 0.25, "output_size": 5}
 
@@ -321,6 +322,13 @@ def test_the_farthest_finite_coordinates(far, sampling_ratio):
     torch.testing.assert_close(output, expected)
     for gradient in torch.autograd.grad(output.sum(), features):
         assert gradient.isfinite().all()
+
+
+def test_packed_integers_are_never_specialised():
+    """Triton compiles a kernel anew for an integer of a tuple that is 1 or a multiple of 16."""
+    for packed in odd(*range(100), 2**31, 2**40):
+        assert packed > 1
+        assert packed % 2 == 1
 
 
 @pytest.mark.parametrize(("count", "images"), [(0, 1), (1, 1), (70, 3), (130, 200)])
