@@ -202,6 +202,69 @@ def _roi_backward_arguments(
     return grad, rows, LEVEL, LEVEL[3] / LEVEL_PICTURE[0], side, side, ratio, aligned
 
 
+# Pictures, boxes in each, for the projectors: CLIP's tokens of a picture, and those of its boxes.
+PROJECTED = ((1, 100), (8, 100), (32, 100))
+TOKENS = 576
+# CLIP's width and the channels of all stages, to the width of a language model of 7B.
+IMAGE_WIDTH, OBJECT_WIDTH, MODEL_WIDTH = 1024, 2880, 4096
+
+
+def _layers(
+    images: int, per_image: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """x, w1, b1, w2, b2 of the image tokens and of the objects."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device) / shape[-1] ** 0.5
+
+    return [
+        (
+            normal(images * tokens, width) * width**0.5,
+            *(normal(MODEL_WIDTH, width), normal(MODEL_WIDTH)),
+            *(normal(MODEL_WIDTH, MODEL_WIDTH), normal(MODEL_WIDTH)),
+        )
+        for tokens, width in ((TOKENS, IMAGE_WIDTH), (per_image, OBJECT_WIDTH))
+    ]
+
+
+def _projector_arguments(
+    images: int, per_image: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    columns = zip(*_layers(images, per_image, dtype, device), strict=True)
+    return *(list(column) for column in columns), True
+
+
+def _projector_backward_arguments(
+    images: int, per_image: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    xs, w1s, _, w2s, _ = (list(c) for c in zip(*_layers(images, per_image, dtype, device), strict=True))
+    grads, pre_activations = (
+        [torch.randn(len(x), MODEL_WIDTH, dtype=dtype, device=device) for x in xs] for _ in range(2)
+    )
+    return grads, xs, w1s, w2s, pre_activations, [True] * 10
+
+
+def _linear_arguments(
+    images: int, per_image: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    return *_layers(images, per_image, dtype, device)[0][:3], True
+
+
+def _linear_backward_arguments(
+    images: int, per_image: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    x, weight, *_ = _layers(images, per_image, dtype, device)[0]
+    grad, pre_activation = (torch.randn(len(x), MODEL_WIDTH, dtype=dtype, device=device) for _ in range(2))
+    return grad, x, weight, pre_activation, [True] * 3
+
+
+def _projected(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...]:
+    return tuple(
+        Workload(f"{images} x {TOKENS} tokens and {per_image} boxes", partial(arguments, images, per_image))
+        for images, per_image in PROJECTED
+    )
+
+
 def _pooled(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...]:
     return tuple(
         Workload(f"{images} x {per_image} boxes", partial(arguments, images, per_image))
@@ -229,4 +292,13 @@ OPS = (
     ),
     Op("roi_align", "mgllava_kernels._triton.roi_align", _regions(_roi_arguments)),
     Op("roi_align_backward", "mgllava_kernels._triton.roi_align", _regions(_roi_backward_arguments)),
+    *(
+        Op(name, "mgllava_kernels._triton.projector", _projected(arguments), layouts=("contiguous",))
+        for name, arguments in (
+            ("grouped_mlp_projector", _projector_arguments),
+            ("grouped_mlp_projector_backward", _projector_backward_arguments),
+            ("linear_gelu", _linear_arguments),
+            ("linear_gelu_backward", _linear_backward_arguments),
+        )
+    ),
 )
