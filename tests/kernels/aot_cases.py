@@ -124,16 +124,17 @@ def cases() -> list[dict]:
 def covered(op: Op, target: str) -> dict[tuple[torch.dtype, str], Op]:
     """By dtype and layout the calls of `op` to compile for a target.
 
-    All calls on sm_90 and, in bfloat16, elsewhere; in the other dtypes elsewhere the first call in one layout.
-    Everything takes twice the time: set EVERYTHING, or run `python -m mgllava_kernels.aot`, which fails on what
-    these tests fail on, but for the instructions that they expect.
+    All calls in bfloat16 in the first layout; of the other layouts, of float32 and, on sm_90, of float16 the
+    first call. Everything takes three times as long: set EVERYTHING, or run `python -m mgllava_kernels.aot`,
+    which fails on what these tests fail on, but for the instructions that they expect.
     """
     first = replace(op, workloads=op.workloads[:1])
     found = {}
     for dtype, layout in product(DTYPES, op.layouts):
-        if target == "sm_90" or dtype == torch.bfloat16 or EVERYTHING in os.environ:
+        main = layout == op.layouts[0]
+        if EVERYTHING in os.environ or (main and dtype == torch.bfloat16):
             found[dtype, layout] = op
-        elif layout == op.layouts[0]:
+        elif dtype == torch.bfloat16 or (main and (dtype == torch.float32 or target == "sm_90")):
             found[dtype, layout] = first
     return found
 
