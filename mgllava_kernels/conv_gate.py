@@ -13,7 +13,9 @@ from mgllava_kernels._checks import check_alike, check_int, check_tensor
 from mgllava_kernels._layers import fusion_obstacle
 
 for _name in ("conv_gate_fusion", "depthwise_conv_gelu"):
-    backend.register(_name, torch="mgllava_kernels._torch.conv_gate")
+    backend.register(
+        _name, torch="mgllava_kernels._torch.conv_gate", triton="mgllava_kernels._triton.conv_gate"
+    )
 
 VARIANTS = ("gate_sum", "gate_concat", "concat_projected", "concat_raw")
 LAYERS = ("high_res_conv", "high_res_proj", "low_res_conv", "low_res_proj", "gate_in", "gate_out")
