@@ -262,10 +262,8 @@ def _launch(
     device, dtype = products[0].out.device, products[0].out.dtype
     blocks = dict(config.blocks)
     del blocks["ROUTE"]
-    resident, wants_descriptors = (
-        blocks.pop("PROGRAMS") * target.multiprocessors,
-        blocks.pop("DESCRIPTORS") == TMA,
-    )
+    resident = blocks.pop("PROGRAMS") * target.multiprocessors
+    wants_descriptors = blocks.pop("DESCRIPTORS") == TMA
     a, b, out = ([getattr(one, name) for one in products] for name in ("a", "b", "out"))
     across = [_tiles(one, blocks) for one in products]
     parts = [1] * len(products)
@@ -680,6 +678,17 @@ def _heuristic(target: Target, dtype: torch.dtype, rows: int, columns: int) -> C
 
 def _shapes(target: Target, dtype: torch.dtype) -> list[tuple[tuple[int, int, int], int, int]]:
     """Rows, columns and depth of tiles, with warps and stages, largest first; none spills in any epilogue."""
+    shapes = _shapes_by_instructions(target, dtype)
+    return [
+        (tile, warps, stages)
+        for tile, warps, stages in shapes
+        if _shared_memory(_config(target, tile, warps, stages), dtype) <= target.shared_memory
+    ]
+
+
+def _shapes_by_instructions(
+    target: Target, dtype: torch.dtype
+) -> list[tuple[tuple[int, int, int], int, int]]:
     if target.backend == "interpreter":
         return [((64, 64, 32), 4, 1)]
     if dtype == torch.float32:

@@ -454,11 +454,12 @@ def test_layouts_and_what_descriptors_can_hold():
         assert not matmul.descriptors_fit(TARGETS[target], [rows])
 
 
-def every_target() -> list[Target]:
-    return [*TARGETS.values(), INTERPRETER]
+SMALL_MEMORY = Target("cuda", 120, "sm_120", 188, 101376, 32)
 
 
-@pytest.mark.parametrize("target", every_target(), ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    "target", [*TARGETS.values(), SMALL_MEMORY, INTERPRETER], ids=lambda target: target.name
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("space", SPACES, ids=lambda space: space.kernel)
 def test_heuristics_are_legal_on_every_target(space, dtype, target):
@@ -468,6 +469,8 @@ def test_heuristics_are_legal_on_every_target(space, dtype, target):
             config = space.heuristic(target, dtype, dict(zip(names, sizes, strict=True)), count)
             assert configs.legal(config, space, target, dtype) is None
             assert dict(config.blocks)["ROUTE"] == implementation.TRITON
+            candidates = list(space.candidates(target, dtype, dict(zip(names, sizes, strict=True)), count))
+            assert any(dict(other.blocks)["ROUTE"] == implementation.TORCH for other in candidates)
 
 
 @pytest.mark.skipif(KERNEL_DEVICE == "cpu", reason="needs a GPU: captures a CUDA graph")
