@@ -659,15 +659,18 @@ def _add_parts_kernel(
 
 
 def _linear_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
-    return _heuristic(target, dtype, count, sizes["N"])
+    return _heuristic(target, dtype, sizes, count, sizes["N"])
 
 
 def _weight_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
-    return _heuristic(target, dtype, sizes["M"], sizes["N"])
+    return _heuristic(target, dtype, sizes, sizes["M"], sizes["N"])
 
 
-def _heuristic(target: Target, dtype: torch.dtype, rows: int, columns: int) -> Config:
+def _heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, rows: int, columns: int) -> Config:
     """The largest tile of which there are enough to keep three quarters of the multiprocessors busy."""
+    if any(size * dtype.itemsize % 16 for size in sizes.values()) and target.backend != "interpreter":
+        # Element by element every load has an address of its own: large tiles spill.
+        return _config(target, (64, 64, 32) if dtype.itemsize == 2 else (64, 32, 16), 4, 2)
     shapes = _shapes(target, dtype)
     for shape in shapes:
         (block_m, block_n, _), *_ = shape
