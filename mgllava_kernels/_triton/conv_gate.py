@@ -966,13 +966,13 @@ def _dual_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int
 def _blocks(target: Target, dtype: torch.dtype, elements: int) -> tuple[int, ...]:
     """Tiles as large as leave enough of them for every multiprocessor."""
     if target.backend == "interpreter":
-        return 64, 64, 64, 2, POINTERS, 4, 1
+        return 32, 64, 32, 2, POINTERS, 4, 1
     if dtype.itemsize == 4:
         return 128, 64, 16, 8, POINTERS, 8, 3
     if target.backend == "hip":
         return 128, 128, 64, 8, POINTERS, 4, 2
     if elements // (128 * 128) < 2 * target.multiprocessors:
-        return 64, 128, 64, 8, POINTERS, 8, 4 if target.capability >= 90 else 3
+        return 64, 128, 64 if target.capability >= 90 else 32, 8, POINTERS, 8, 4
     return 128, 128, 64, 8, POINTERS, 8, 4 if target.capability >= 90 else 3
 
 

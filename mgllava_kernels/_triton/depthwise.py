@@ -240,9 +240,9 @@ def _convolve(
 
     TURNED turns the taps around, which makes it the transposed convolution.
     """
-    present = channel < channels
-    tap_ptr = taps_ptr + channel
-    column_ptr = image_ptr + channel[None, :] * stride_d
+    present = channel[None, :] < channels
+    tap_ptr = taps_ptr + channel[None, :]
+    step = width.to(tl.int64) * stride_n
     sums = (tl.zeros((x.shape[0], channel.shape[0]), tl.float32),) * ROWS
     for across in range(7):
         column = x + across - 3
@@ -250,13 +250,13 @@ def _convolve(
         taps: tl.tuple = ()
         for down in tl.static_range(7):
             tap = 48 - 7 * down - across if TURNED else 7 * down + across
-            values = tl.load(tap_ptr + tap * channels, mask=present, other=0.0)
-            taps = taps + (values.to(tl.float32)[None, :],)
+            taps = taps + (tl.load(tap_ptr + tap * channels, mask=present, other=0.0).to(tl.float32),)
+        first = ((top - 3) * width + column).to(tl.int64)
+        at = image_ptr + first[:, None] * stride_n + channel[None, :] * stride_d
         for i in tl.static_range(ROWS + 6):
-            row = top + i - 3
-            here = inside & (row >= 0) & (row < height)
-            at = column_ptr + (row * width + column).to(tl.int64)[:, None] * stride_n
-            values = tl.load(at, mask=here[:, None] & present[None, :], other=0.0).to(tl.float32)
+            here = inside & (top >= 3 - i) & (top < height + (3 - i))
+            values = tl.load(at, mask=here[:, None] & present, other=0.0).to(tl.float32)
+            at += step
             added: tl.tuple = ()
             for r in tl.static_range(ROWS):
                 if i >= r and i < r + 7:
@@ -462,11 +462,12 @@ def _weight_gradient_kernel(
                 here = (top + r < height)[:, None] & present[None, :]
                 grads = grads + (tl.load(at, mask=here, other=0.0).to(tl.float32),)
                 bias_sum += grads[r]
+            first = ((top - 3) * width + column).to(tl.int64)
+            at = token_image + first[:, None] * stride_n
             for i in tl.static_range(ROWS + 6):
-                row = top + i - 3
-                here = inside & (row >= 0) & (row < height)
-                at = token_image + (row * width + column).to(tl.int64)[:, None] * stride_n
+                here = inside & (top >= 3 - i) & (top < height + (3 - i))
                 values = tl.load(at, mask=here[:, None] & present[None, :], other=0.0).to(tl.float32)
+                at += width.to(tl.int64) * stride_n
                 added: tl.tuple = ()
                 for down in tl.static_range(7):
                     if i >= down and i < down + ROWS:
@@ -481,13 +482,13 @@ def _weight_gradient_kernel(
 
 def _convolution_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
-        return _convolution_config(64, 64, 2, 4)
+        return _convolution_config(16, 32, 2, 4)
     return _convolution_config(16, 128 // dtype.itemsize, 4, 128 // target.warp_size)
 
 
 def _weight_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
-        return _weight_config(64, 64, 2, 1, 4)
+        return _weight_config(16, 32, 2, 1, 4)
     return _weight_config(16, 128 // dtype.itemsize, 4, 4, 128 // target.warp_size)
 
 

@@ -380,13 +380,13 @@ def _gate_weights_kernel(
 
 def _rows_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
-        return _config(4, 64, 64, 4)
+        return _config(4, 32, 64, 4)
     return _config(*(4, 4, 512) if count <= 4 else (8, 4, 256), 128 // target.warp_size)
 
 
 def _columns_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
-        return _config(4, 64, 64, 4)
+        return _config(4, 32, 64, 4)
     return _config(*(4, 16, 128) if count <= 4 else (8, 16, 64), 128 // target.warp_size)
 
 

@@ -33,7 +33,7 @@ from mgllava_kernels._triton import depthwise, gate_head, launch
 from mgllava_kernels.aot import TARGETS
 
 # No multiples of 16, and neither of the other.
-SIZES = {"low_dim": 37, "high_dim": 45}
+SIZES = {"low_dim": 21, "high_dim": 35}
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_values_of_the_naive_loop(variant):
 @pytest.mark.parametrize("variant", LAYERED)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_as_accurate_as_the_composition(dtype, variant):
-    check_yardstick(fusion(variant, **SIZES, dtype=dtype), inputs(height=5, width=4, **SIZES, dtype=dtype))
+    check_yardstick(fusion(variant, **SIZES, dtype=dtype), inputs(height=4, width=3, **SIZES, dtype=dtype))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -178,12 +178,9 @@ def test_odd_sizes(variant, size):
     ],
     ids=["flat", "tall"],
 )
-@pytest.mark.parametrize("images", [1, 3])
-def test_block_sizes_change_nothing(choices, images):
-    """Several tiles on every axis; parts of the weight gradients over pictures, and over tokens of one."""
-    module, values = fusion(low_dim=18, high_dim=20), inputs(images, 5, 4, 18, 20)
-    if images == 1:
-        values = inputs(1, 1, 300, 18, 20)
+def test_block_sizes_change_nothing(choices):
+    """Several tiles on every axis, and several parts of the weights' gradients."""
+    module, values = fusion(low_dim=18, high_dim=20), inputs(3, 5, 4, 18, 20)
     grad = torch.randn_like(run("torch", module, values))
     expected, expected_gradients = run("reference", module, values, grad)
     with forced(**choices):
@@ -191,6 +188,19 @@ def test_block_sizes_change_nothing(choices, images):
     assert relative_error(output, expected) < 1e-6
     for gradient, value in zip(gradients, expected_gradients, strict=True):
         assert relative_error(gradient, value) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (3, 100)], ids=str)
+def test_a_weight_gradient_in_parts_over_tokens(shape):
+    """Pictures whose tokens follow each other are taken as one; then the depth is cut."""
+    grad, x = (torch.randn(*shape, width, device=KERNEL_DEVICE) for width in (18, 20))
+    with forced(weight=(32, 32, 16, 2, 1, 4, 4, 1)):
+        parts, _ = implementation._weight_products(grad, x)
+        gradient = implementation._weight_gradient(grad, x)
+    assert len(parts) > 1
+    expected = grad.flatten(0, 1).T.double() @ x.flatten(0, 1).double()
+    assert relative_error(parts.double().sum(dim=0), expected) < 1e-6
+    assert relative_error(gradient, expected) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -291,7 +301,7 @@ def test_strided_weights_and_gradients_of_a_sum():
         assert relative_error(gradient, value) < 1e-5
 
 
-@pytest.mark.parametrize("variant", LAYERED)
+@pytest.mark.parametrize("variant", ["gate_sum", "concat_projected"])
 def test_any_gradients_alone(variant):
     """What is not needed is not returned, and what is needed does not lean on it."""
     module, values = fusion(variant), [value.detach() for value in inputs(1, 2, 2)]
@@ -314,7 +324,7 @@ def test_every_element_is_written(monkeypatch):
     torch.use_deterministic_algorithms(True)
     try:
         module, values = fusion(**SIZES), inputs(2, 2, 3, **SIZES)
-        output, gradients = run("triton", module, values, torch.ones(2, 6, 37, device=KERNEL_DEVICE))
+        output, gradients = run("triton", module, values, torch.ones(2, 6, 21, device=KERNEL_DEVICE))
         assert torch.empty(3).isnan().all(), "empty memory is not poisoned"
         for value in (output, *gradients):
             assert value.isfinite().all()
@@ -350,7 +360,7 @@ def test_depthwise_values_of_the_naive_loop():
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("size", [(2, 9, 10, 37), (1, 1, 1, 3), (0, 2, 3, 4), (1, 2, 17, 8)], ids=str)
+@pytest.mark.parametrize("size", [(1, 5, 6, 37), (1, 1, 1, 3), (0, 2, 3, 4), (1, 2, 17, 8)], ids=str)
 def test_depthwise_is_as_accurate_as_the_composition(dtype, size):
     _, height, width, _ = size
     values = convolution(*size, dtype=dtype)
