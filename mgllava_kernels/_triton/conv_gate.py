@@ -4,17 +4,18 @@ Forward, seven launches: taps of the convolution side by side; f = GELU(depthwis
 with column sums; their means; the gate's two matrix-vector products; the output. The output is one dual product:
 low + f·W_lowᵀ + b_low + g·(s·W_highᵀ + b_high), whose accumulator is scaled by g between its halves.
 
-Backward, with G the incoming gradient, G_low and G_high its parts: the gate's derivative is
-dg = Σ_b <G_highᵀ·s, W_high> + <Σ_n G_high, b_high>, a by-product of the gradient of W_high, which is computed first.
+Backward, with G the incoming gradient, G_low and G_high its parts: the gate's derivative is, of each picture,
+dg = <G_highᵀ·s, W_high> + <Σ_n G_high, b_high>, a by-product of the gradient of W_high, which is computed first.
 Through the means it comes back as one constant row a picture on dl and dh, which the epilogues of the products
 that make d(GELU input) add before they multiply by GELU'. f and s are computed again from what the forward pass
-kept, the inputs of the GELUs. Every sum has one fixed order.
+kept, the inputs of the GELUs. Where all gradients are needed there are 25 launches, 18 without a gate. Every sum
+has one fixed order.
 
 Bytes and FLOPs a picture at published sizes (D 1024, C 1536, 24x24 tokens) in bfloat16, forward: 1.2 MB low and
-1.8 MB high read, 1.2 MB written, f and s written and read once more, 1.2 and 1.8 MB, and 9.9 MB of weights for
-any number of pictures; 7.1 GFLOP in matrix products and 0.06 in the convolution. At 4.3 TB/s and 600 TFLOP/s the
-floor for 1, 8 and 32 pictures is 12, 95 and 380 µs, set by the matrix products. Backward, where all is needed: the
-matrix products twice, 14.3 GFLOP a picture.
+1.8 MB high read, 1.2 MB written, f and s, 1.2 and 1.8 MB, written and read once more, and 12.2 MB of weights for
+any number of pictures; 5.7 GFLOP in matrix products and 0.06 in the convolution. At 4.3 TB/s and 600 TFLOP/s the
+floor for 1, 8 and 32 pictures is 9.6, 77 and 306 µs, set by the matrix products. Backward, where all is needed:
+each of them twice, 11.5 GFLOP a picture; 19, 153 and 612 µs.
 """
 
 from collections.abc import Iterable, Sequence

@@ -483,7 +483,8 @@ def _weight_gradient_kernel(
 def _convolution_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _convolution_config(16, 32, 2, 4)
-    return _convolution_config(16, 128 // dtype.itemsize, 4, 128 // target.warp_size)
+    columns = 16 if target.backend == "hip" else 8 * dtype.itemsize
+    return _convolution_config(columns, 128 // dtype.itemsize, 4, 128 // target.warp_size)
 
 
 def _weight_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
