@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align, project_groups
+from mgllava_kernels import ConvGateFusion, Projector, vision_neck
 
 from .configuration_mgllava import MGLlavaConfig
 from .high_res_tower import MGLlavaHighResTower
@@ -134,36 +134,18 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
         return outputs.hidden_states[self.config.vision_feature_layer][:, 1:]
 
-    def pool_objects(self, stages: list[Tensor], boxes: Tensor, num_boxes: Tensor | None) -> Tensor:
-        """One vector per box: RoIAlign over all stages at the finest grid, averaged over its bins.
-
-        Args:
-            stages: ConvNeXt stage maps, finest first, each (images, C_l, H_l, W_l).
-            boxes: (images, K_max, 4) xyxy in high-resolution pixels.
-            num_boxes: (images,); rows beyond are padding, whatever they hold. None: all are boxes.
-
-        Returns:
-            (images, K_max, ΣC_l).
-        """
+    def _box_rows(self, boxes: Tensor, num_boxes: Tensor | None, device: torch.device) -> Tensor:
+        """Boxes (images, K_max, 4) as rows (images · K_max, 5) with their image index; padding becomes zeros."""
         # A device map may have put the tower on another GPU than the inputs.
-        boxes = boxes.to(stages[0].device)
+        boxes = boxes.to(device)
         images, max_boxes, _ = boxes.shape
         if num_boxes is not None:
-            row = torch.arange(max_boxes, device=boxes.device)
-            boxes = boxes.where((row < num_boxes.to(boxes.device)[:, None])[..., None], 0)
-        index = torch.arange(images, device=boxes.device, dtype=torch.float32)
+            row = torch.arange(max_boxes, device=device)
+            boxes = boxes.where((row < num_boxes.to(device)[:, None])[..., None], 0)
+        index = torch.arange(images, device=device, dtype=torch.float32)
         index = index[:, None, None].expand(images, max_boxes, 1)
         # Coordinates stay in float32: bfloat16 cannot tell pixel 513 from 514.
-        rois = torch.cat([index, boxes.float()], dim=-1).reshape(images * max_boxes, 5)
-        pooled = pooled_roi_align(
-            stages,
-            rois,
-            spatial_scale=stages[0].shape[-1] / self.config.high_res_config.image_size,
-            output_size=self.config.roi_output_size,
-            sampling_ratio=self.config.roi_sampling_ratio,
-            aligned=self.config.roi_aligned,
-        )
-        return pooled.reshape(images, max_boxes, -1)
+        return torch.cat([index, boxes.float()], dim=-1).reshape(images * max_boxes, 5)
 
     def get_image_features(
         self,
@@ -193,15 +175,23 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         self._check_picture_inputs(pixel_values, pixel_values_high_res, boxes, num_boxes)
         low_res = self.encode_low_res(pixel_values)
         stages = self.high_res_tower(pixel_values_high_res.to(self.high_res_tower.dtype))
-        fused = self.fusion(low_res, stages[-1])
         if boxes is None:
-            tokens = self.image_projector(fused)
+            tokens = self.image_projector(self.fusion(low_res, stages[-1]))
         else:
-            objects = self.pool_objects(stages, boxes, num_boxes)
-            image_tokens, object_tokens = project_groups(
-                [self.image_projector, self.object_projector], [fused, objects]
+            image_tokens, object_tokens = vision_neck(
+                low_res,
+                stages,
+                self._box_rows(boxes, num_boxes, stages[0].device),
+                fusion=self.fusion,
+                image_projector=self.image_projector,
+                object_projector=self.object_projector,
+                spatial_scale=stages[0].shape[-1] / self.config.high_res_config.image_size,
+                output_size=self.config.roi_output_size,
+                sampling_ratio=self.config.roi_sampling_ratio,
+                aligned=self.config.roi_aligned,
             )
-            tokens = torch.cat([image_tokens, object_tokens.to(image_tokens.device)], dim=1)
+            object_tokens = object_tokens.to(image_tokens.device).unflatten(0, boxes.shape[:2])
+            tokens = torch.cat([image_tokens, object_tokens], dim=1)
         return MGLlavaImageFeatures(pooler_output=list(tokens), num_objects=num_boxes)
 
     def _check_picture_inputs(

@@ -2,6 +2,7 @@
 
 from mgllava_kernels.backend import active_backend, use_backend
 from mgllava_kernels.conv_gate import ConvGateFusion, conv_gate_fusion, depthwise_conv_gelu
+from mgllava_kernels.neck import vision_neck
 from mgllava_kernels.projector import (
     Projector,
     grouped_mlp_projector,
@@ -24,4 +25,5 @@ __all__ = [
     "project_groups",
     "roi_align",
     "use_backend",
+    "vision_neck",
 ]

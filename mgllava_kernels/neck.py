@@ -1,0 +1,55 @@
+"""The whole vision neck as one function: fusion, objects and both projectors."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mgllava_kernels.conv_gate import ConvGateFusion
+from mgllava_kernels.projector import Projector, project_groups
+from mgllava_kernels.roi_align import Boxes, pooled_roi_align
+
+
+def vision_neck(
+    low_res: Tensor,
+    stages: Sequence[Tensor],
+    boxes: Boxes,
+    *,
+    fusion: ConvGateFusion,
+    image_projector: Projector,
+    object_projector: Projector,
+    spatial_scale: float,
+    output_size: int | Sequence[int] = 56,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Image and object tokens of pictures, from both towers' features.
+
+    Nothing in it waits for the device, so a CUDA graph or `torch.compile(fullgraph=True)` takes it in one
+    piece; image and object tokens share the launches of the projectors where their modules allow it.
+
+    Args:
+        low_res: ViT tokens (B, N, D).
+        stages: maps (B, C_l, H_l, W_l), the finest first; the last has N positions and is what is fused.
+        boxes: as for `pooled_roi_align`, in pixels of the high-resolution picture.
+        fusion, image_projector, object_projector: modules of this package; the projectors end in one width T.
+        spatial_scale, output_size, sampling_ratio, aligned: as for `pooled_roi_align`.
+
+    Returns:
+        Image tokens (B, N, T) and object tokens (K, T), in the order of the boxes.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as the ops it is made of.
+
+    Source: MG-LLaVA, arXiv 2406.17770, sections 3.1 and 3.2.
+    """
+    fused = fusion(low_res, stages[-1])
+    objects = pooled_roi_align(
+        stages,
+        boxes,
+        spatial_scale=spatial_scale,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        aligned=aligned,
+    )
+    image_tokens, object_tokens = project_groups([image_projector, object_projector], [fused, objects])
+    return image_tokens, object_tokens

@@ -1,0 +1,58 @@
+"""`vision_neck`: its parts, one graph, gradients of everything that learns."""
+
+import pytest
+import torch
+from kernel_cases import PATHS, random_boxes, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align, use_backend, vision_neck
+
+SCALE = 0.25
+
+
+def parts():
+    torch.manual_seed(1)
+    fusion = ConvGateFusion(6, 5)
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return {"fusion": fusion, "image_projector": Projector(6, 8), "object_projector": Projector(8, 8)}
+
+
+def features(images=2):
+    stages = [
+        torch.randn(images, 3, 8, 8, requires_grad=True),
+        torch.randn(images, 5, 4, 4, requires_grad=True),
+    ]
+    return torch.randn(images, 16, 6, requires_grad=True), stages
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_it_is_its_parts_one_after_the_other(path):
+    modules, (low_res, stages), boxes = parts(), features(), random_boxes(7, 32, images=2)
+    with use_backend("reference"):
+        expected_image = modules["image_projector"](modules["fusion"](low_res, stages[-1]))
+        pooled = pooled_roi_align(stages, boxes, spatial_scale=SCALE, output_size=3)
+        expected_objects = modules["object_projector"](pooled)
+    with use_backend(path):
+        image, objects = vision_neck(low_res, stages, boxes, **modules, spatial_scale=SCALE, output_size=3)
+    assert relative_error(image, expected_image) < 1e-5
+    assert relative_error(objects, expected_objects) < 1e-5
+    learning = [low_res, *stages, *(value for part in modules.values() for value in part.parameters())]
+    expected = torch.autograd.grad(expected_image.sum() + expected_objects.sin().sum(), learning)
+    gradients = torch.autograd.grad(image.sum() + objects.sin().sum(), learning)
+    for gradient, value in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-5)
+
+
+def test_four_graphs_for_any_sequence_of_box_counts():
+    counter = CompileCounterWithBackend("aot_eager")
+    modules, (low_res, stages) = parts(), features()
+    torch._dynamo.reset()
+    compiled = torch.compile(vision_neck, fullgraph=True, backend=counter)
+    for count in (3, 40, 1, 0, 7):
+        boxes = random_boxes(count, 32, images=2, seed=count)
+        arguments = {**modules, "spatial_scale": SCALE, "output_size": 3}
+        torch.testing.assert_close(
+            compiled(low_res, stages, boxes, **arguments), vision_neck(low_res, stages, boxes, **arguments)
+        )
+    assert counter.frame_count <= 4
