@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
