@@ -431,7 +431,7 @@ def main(
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32; default all.")] = None,
     candidates: Annotated[
-        bool, typer.Option(help="Also whatever the tuner would try: before a session of tuning. Slow.")
+        bool, typer.Option(help="Also whatever the tuner would try: before tuning. Slow.")
     ] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="File for everything known of each kernel.")
