@@ -6,6 +6,7 @@ both by one entry in OPS; its kernels and their spaces are found by watching wha
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -265,6 +266,100 @@ def _projected(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...
     )
 
 
+CONV_GATE = "mgllava_kernels._triton.conv_gate"
+
+# Conv-Gate's sizes: the grid of CLIP's tokens and of ConvNeXt-L's last stage, the channels of that stage, and the
+# hidden layer of the gate, half as wide as CLIP.
+GRID = STAGES[3][1]
+HIGH_WIDTH = STAGES[3][0]
+GATE_WIDTH = IMAGE_WIDTH // 2
+
+# Pictures, variant, and whether what the backward pass needs is kept, as in training. The first call is training's:
+# its kernels do all that those of inference do.
+FUSED = (
+    (1, "gate_sum", True),
+    (1, "gate_sum", False),
+    (8, "gate_sum", False),
+    (32, "gate_sum", False),
+    (32, "gate_sum", True),
+    (8, "gate_concat", False),
+    (8, "concat_projected", True),
+)
+FUSED_BACKWARD = (
+    (1, "gate_sum"),
+    (8, "gate_sum"),
+    (32, "gate_sum"),
+    (8, "gate_concat"),
+    (8, "concat_projected"),
+)
+CONVOLVED = ((1, True), (1, False), (8, False), (32, False), (32, True))
+CONVOLVED_BACKWARD = (1, 8, 32)
+
+
+def _low_res(images: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """CLIP's tokens as the model passes them, a view without the class token."""
+    return torch.randn(images, 1 + TOKENS, IMAGE_WIDTH, dtype=dtype, device=device)[:, 1:]
+
+
+def _fusion_weights(variant: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    shapes = [
+        (HIGH_WIDTH, HIGH_WIDTH, 1, 1),
+        (IMAGE_WIDTH, HIGH_WIDTH, 1, 1),
+        (IMAGE_WIDTH, 1, 7, 7),
+        (IMAGE_WIDTH, IMAGE_WIDTH, 1, 1),
+    ]
+    if variant.startswith("gate"):
+        shapes += [(GATE_WIDTH, 2 * IMAGE_WIDTH), (1, GATE_WIDTH)]
+    weights = []
+    for rows, *inside in shapes:
+        scale = math.prod(inside) ** -0.5
+        weights.append(scale * torch.randn(rows, *inside, dtype=dtype, device=device))
+        weights.append(scale * torch.randn(rows, dtype=dtype, device=device))
+    return weights
+
+
+def _fusion_arguments(
+    images: int, variant: str, save: bool, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    high_res = maps((images, HIGH_WIDTH, GRID, GRID), dtype, layout, device)
+    return _low_res(images, dtype, device), high_res, _fusion_weights(variant, dtype, device), variant, save
+
+
+def _fusion_backward_arguments(
+    images: int, variant: str, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    low_res, high_res, weights, _, _ = _fusion_arguments(images, variant, True, dtype, layout, device)
+    width = IMAGE_WIDTH if variant == "gate_sum" else 2 * IMAGE_WIDTH
+    grad, low_pre, high_pre = (
+        torch.randn(images, TOKENS, size, dtype=dtype, device=device)
+        for size in (width, IMAGE_WIDTH, HIGH_WIDTH)
+    )
+    means = low_res.new_empty(0)
+    if variant.startswith("gate"):
+        means = torch.randn(images, 2 * IMAGE_WIDTH + HIGH_WIDTH, device=device) / TOKENS**0.5
+    needed = [True] * (2 + len(weights))
+    return grad, low_res, high_res, weights, low_pre, high_pre, means, variant, needed
+
+
+def _convolution_arguments(
+    images: int, save: bool, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    weight, bias = _fusion_weights("concat_projected", dtype, device)[4:6]
+    return _low_res(images, dtype, device), weight, bias, GRID, GRID, save
+
+
+def _convolution_backward_arguments(
+    images: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Any, ...]:
+    tokens, weight, *_ = _convolution_arguments(images, True, dtype, layout, device)
+    grad, pre_activation = (torch.randn(tokens.shape, dtype=dtype, device=device) for _ in range(2))
+    return grad, tokens, weight, pre_activation, GRID, GRID, [True] * 3
+
+
+def _saved(name: str, save: bool) -> str:
+    return f"{name}, for training" if save else name
+
+
 def _pooled(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...]:
     return tuple(
         Workload(f"{images} x {per_image} boxes", partial(arguments, images, per_image))
@@ -300,5 +395,47 @@ OPS = (
             ("linear_gelu", _linear_arguments),
             ("linear_gelu_backward", _linear_backward_arguments),
         )
+    ),
+    Op(
+        "conv_gate_fusion",
+        CONV_GATE,
+        tuple(
+            Workload(
+                _saved(f"{images} x {TOKENS} tokens, {variant}", save),
+                partial(_fusion_arguments, images, variant, save),
+            )
+            for images, variant, save in FUSED
+        ),
+    ),
+    Op(
+        "conv_gate_fusion_backward",
+        CONV_GATE,
+        tuple(
+            Workload(
+                f"{images} x {TOKENS} tokens, {variant}",
+                partial(_fusion_backward_arguments, images, variant),
+            )
+            for images, variant in FUSED_BACKWARD
+        ),
+    ),
+    Op(
+        "depthwise_conv_gelu",
+        CONV_GATE,
+        tuple(
+            Workload(
+                _saved(f"{images} x {TOKENS} tokens", save), partial(_convolution_arguments, images, save)
+            )
+            for images, save in CONVOLVED
+        ),
+        layouts=("contiguous",),
+    ),
+    Op(
+        "depthwise_conv_gelu_backward",
+        CONV_GATE,
+        tuple(
+            Workload(f"{images} x {TOKENS} tokens", partial(_convolution_backward_arguments, images))
+            for images in CONVOLVED_BACKWARD
+        ),
+        layouts=("contiguous",),
     ),
 )
