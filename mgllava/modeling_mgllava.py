@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -123,6 +124,19 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 return
         super()._init_weights(module)
 
+    def train(self, mode: bool = True) -> "MGLlavaModel":
+        """As `nn.Module.train`, but towers and a language model that are frozen whole stay in eval mode."""
+        super().train(mode)
+        for part in (self.vision_tower, self.high_res_tower, self.language_model):
+            if mode and not _learns(part):
+                part.eval()
+        # Gradients flow through a frozen language model to the neck, and its layers are recomputed in training
+        # mode only. The flag is theirs alone: their dropout stays off.
+        for layer in self.language_model.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                layer.training = mode
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -222,6 +236,32 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             )
         if num_boxes is not None and tuple(num_boxes.shape) != (images,):
             raise ValueError(f"num_boxes is {tuple(num_boxes.shape)}; expected ({images},)")
+
+    def _vision_learns(self) -> bool:
+        return any(
+            _learns(part)
+            for part in (
+                self.fusion,
+                self.image_projector,
+                self.object_projector,
+                self.vision_tower,
+                self.high_res_tower,
+            )
+        )
+
+    def _no_tokens(self, device: torch.device) -> Tensor:
+        """A scalar zero that hangs on the whole vision flow, so that a batch of text alone trains like any other.
+
+        One blank picture passes through and none of its tokens are used: every parameter gets a gradient of zeros
+        rather than none, and every process of a sharded run calls the same modules whatever its batch holds.
+        """
+        low_res, high_res = self.config.vision_config.image_size, self.config.high_res_config.image_size
+        features = self.get_image_features(
+            torch.zeros(1, 3, low_res, low_res, device=device),
+            torch.zeros(1, 3, high_res, high_res, device=device),
+            torch.zeros(1, 1, 4, device=device),
+        )
+        return features.pooler_output[0][:0].sum()
 
     def merge_image_features(
         self, input_ids: Tensor, inputs_embeds: Tensor, features: MGLlavaImageFeatures
@@ -336,6 +376,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             inputs_embeds, tokens = self.merge_image_features(input_ids, inputs_embeds, features)
         elif input_ids is not None:
             self._check_no_placeholders(input_ids, attention_mask, past_key_values)
+        if features is None and self.training and torch.is_grad_enabled() and self._vision_learns():
+            inputs_embeds = inputs_embeds + self._no_tokens(inputs_embeds.device).to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -554,6 +596,10 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             pooler_output=[features.pooler_output[i] for i in order],
             num_objects=None if num_objects is None else num_objects[order],
         )
+
+
+def _learns(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def _is_empty(cache: Cache | None) -> bool:

@@ -30,6 +30,7 @@ from transformers import (
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaModel
 from mgllava.language_model_head import language_model_head
 from mgllava.modeling_mgllava import MGLlavaImageFeatures
+from mgllava_kernels import use_backend
 
 ROWS = [[2], [], [1, 3], [0]]
 PICTURES_OF_ROW = [slice(0, 1), slice(1, 1), slice(1, 3), slice(3, 4)]
@@ -204,6 +205,54 @@ def test_every_trained_part_gets_a_gradient_and_the_placeholders_get_none():
     # Only what lies behind hidden state -2 of the ViT may stay out.
     assert all("layers.2." in name or "post_layernorm" in name for name in unused), unused
     assert not model.lm_head.weight.grad[[IMAGE, OBJECT]].any()
+
+
+NECK = ("model.fusion.", "model.image_projector.", "model.object_projector.")
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_text_alone_gives_the_neck_gradients_of_zero(backend):
+    model = tiny_model().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("_tower." not in name)
+    inputs = tiny_inputs([[], []])
+    with use_backend(backend):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith(NECK):
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+    assert torch.equal(loss, model.eval()(**inputs, labels=inputs["input_ids"]).loss)
+
+
+def test_text_alone_passes_no_picture_where_nothing_of_the_vision_flow_learns():
+    model = tiny_model().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("language_model" in name)
+    model.model.high_res_tower.register_forward_hook(lambda *args: pytest.fail("a picture was encoded"))
+    inputs = tiny_inputs([[], []])
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+
+
+def test_frozen_parts_stay_in_eval_mode():
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(NECK))
+    model.gradient_checkpointing_enable()
+    model.train()
+    inner = model.model
+    assert model.training
+    assert inner.fusion.training
+    for part in (inner.vision_tower, inner.high_res_tower):
+        assert not any(module.training for module in part.modules())
+    # Layers recompute in training mode only; what they hold, dropout above all, stays in eval mode.
+    in_training = [m for m in inner.language_model.modules() if m.training]
+    assert in_training == list(inner.language_model.layers)
+    next(inner.language_model.parameters()).requires_grad_(True)
+    model.train()
+    assert all(module.training for module in inner.language_model.modules())
+    assert not any(module.training for module in model.eval().modules())
 
 
 def test_output_hidden_states(model):
