@@ -9,9 +9,9 @@ A kernel that multiplies matrices composes these jit functions:
 
 A product that continues another is a second call on the accumulator, scaled or not in between. A is (M, K) and B
 is (N, K), each anywhere in memory: `matrix_layout` says on the host which axis is adjacent and what the compiler
-may assume. Tokens read from a map (C, H·W) are a matrix whose rows are adjacent, "column"; nothing is copied. A
-batch of such maps is tiled picture by picture, with a_ptr moved to the picture. The launch goes through
-`launch_product` wherever DESCRIPTORS may be on, with the answer of `descriptors_fit`.
+may assume. Tokens read from a map (C, H·W) are a matrix whose rows are adjacent, "column"; nothing is copied. Of a
+batch of matrices `add_product` takes the one of a picture. The launch goes through `launch_product` wherever
+DESCRIPTORS may be on, with the answer of `descriptors_fit`.
 """
 
 import contextvars
@@ -29,21 +29,22 @@ from mgllava_kernels._triton.launch import Target, launch, multiple
 
 
 def matrix_layout(matrices: Sequence[Tensor]) -> tuple[str, int]:
-    """LAYOUT and ALIGN of matrices that one launch reads as the same operand.
+    """LAYOUT and ALIGN of matrices, or batches of them, that one launch reads as the same operand.
 
     Returns:
         "row" if the elements of a row are adjacent in every matrix, "column" if those of a column are, else
         "strided"; and the largest power of two, at most 16 bytes' worth of elements, that divides the other
-        stride, the size of the adjacent axis and the address: with it, loads of that many elements stay
+        strides, the size of the adjacent axis and the address: with it, loads of that many elements stay
         within the matrix and aligned.
     """
-    for name, axis in (("row", 1), ("column", 0)):
+    for name, axis in (("row", -1), ("column", -2)):
         if all(matrix.stride(axis) == 1 or matrix.shape[axis] == 1 for matrix in matrices):
             common = 16 // matrices[0].element_size()
             for matrix in matrices:
                 common = math.gcd(common, matrix.data_ptr() // matrix.element_size(), matrix.shape[axis])
-                if matrix.shape[1 - axis] > 1:
-                    common = math.gcd(common, matrix.stride(1 - axis))
+                for other in {0, matrix.ndim - 1, matrix.ndim - 2} - {matrix.ndim + axis}:
+                    if matrix.shape[other] > 1:
+                        common = math.gcd(common, matrix.stride(other))
             return name, common
     return "strided", 1
 
@@ -122,14 +123,21 @@ def add_product(
     DESCRIPTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    image=0,
+    images=1,
+    stride_ab=0,
+    stride_bb=0,
+    A_BATCH: tl.constexpr = False,
+    B_BATCH: tl.constexpr = False,
 ):
     """accumulator[m, n] + Σ_k A[row + m, k] · B[column + n, k] over k in [first, last), in float32.
 
     The accumulator is (BLOCK_M, BLOCK_N), A is (rows, depth) and B (columns, depth); elements beyond count as
     zero. `first` is a multiple of BLOCK_K, and so is `last` if it is less than `depth`. The stride of an
-    adjacent axis is not looked at. LAYOUT and ALIGN are those of `matrix_layout`. With DESCRIPTORS the hardware
-    copies whole tiles, through descriptors that are made once where pointers and sizes do not change from tile
-    to tile; otherwise threads copy, asynchronously, sixteen bytes at a time where ALIGN allows.
+    adjacent axis is not looked at. LAYOUT and ALIGN are those of `matrix_layout`. With A_BATCH A is that of
+    picture `image` among `images`, whose matrices are stride_ab apart; with B_BATCH alike B. With DESCRIPTORS
+    the hardware copies whole tiles, through descriptors that are made once where pointers and sizes do not
+    change from tile to tile; otherwise threads copy, asynchronously, sixteen bytes at a time where ALIGN allows.
     """
     BLOCK_M: tl.constexpr = accumulator.shape[0]
     BLOCK_N: tl.constexpr = accumulator.shape[1]
@@ -147,25 +155,24 @@ def add_product(
         stride_bn = 1
         stride_bk = multiple(stride_bk, B_ALIGN)
 
+    if A_BATCH:
+        stride_ab = multiple(tl.cast(stride_ab, tl.int64), A_ALIGN)
+    if B_BATCH:
+        stride_bb = multiple(tl.cast(stride_bb, tl.int64), B_ALIGN)
+
     if DESCRIPTORS:
-        if A_LAYOUT == "row":
-            a = tl.make_tensor_descriptor(a_ptr, [rows, depth], [stride_am, 1], [BLOCK_M, BLOCK_K])
-        else:
-            a = tl.make_tensor_descriptor(a_ptr, [depth, rows], [stride_ak, 1], [BLOCK_K, BLOCK_M])
-        if B_LAYOUT == "row":
-            b = tl.make_tensor_descriptor(b_ptr, [columns, depth], [stride_bn, 1], [BLOCK_N, BLOCK_K])
-        else:
-            b = tl.make_tensor_descriptor(b_ptr, [depth, columns], [stride_bk, 1], [BLOCK_K, BLOCK_N])
+        a = _describe(
+            *(a_ptr, rows, depth, images, stride_am, stride_ak, stride_ab),
+            *(BLOCK_M, BLOCK_K, A_LAYOUT, A_BATCH),
+        )
+        b = _describe(
+            *(b_ptr, columns, depth, images, stride_bn, stride_bk, stride_bb),
+            *(BLOCK_N, BLOCK_K, B_LAYOUT, B_BATCH),
+        )
         for at in range(first, last, BLOCK_K):
-            if A_LAYOUT == "row":
-                left = a.load([row, at])
-            else:
-                left = tl.trans(a.load([at, row]))
-            if B_LAYOUT == "row":
-                right = tl.trans(b.load([column, at]))
-            else:
-                right = b.load([at, column])
-            accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
+            left = _copy(a, image, row, at, BLOCK_M, BLOCK_K, A_LAYOUT, A_BATCH)
+            right = _copy(b, image, column, at, BLOCK_N, BLOCK_K, B_LAYOUT, B_BATCH)
+            accumulator = tl.dot(left, tl.trans(right), accumulator, input_precision=PRECISION)
     else:
         m = row + tl.arange(0, BLOCK_M)
         n = column + tl.arange(0, BLOCK_N)
@@ -175,6 +182,10 @@ def add_product(
         a_depth = multiple(depth, A_ALIGN) if A_LAYOUT == "row" else depth
         b_depth = multiple(depth, B_ALIGN) if B_LAYOUT == "row" else depth
         start = first + k.to(tl.int64)
+        if A_BATCH:
+            a_ptr += image * stride_ab
+        if B_BATCH:
+            b_ptr += image * stride_bb
         a_tile = a_ptr + m[:, None].to(tl.int64) * stride_am + start[None, :] * stride_ak
         b_tile = b_ptr + n[None, :].to(tl.int64) * stride_bn + start[:, None] * stride_bk
         for at in range(first, last, BLOCK_K):
@@ -184,6 +195,57 @@ def add_product(
             a_tile += BLOCK_K * stride_ak
             b_tile += BLOCK_K * stride_bk
     return accumulator
+
+
+@triton.jit
+def _describe(
+    ptr,
+    rows,
+    depth,
+    images,
+    stride_row,
+    stride_k,
+    stride_image,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """A descriptor of (rows, depth), or of a batch of such matrices, that copies (BLOCK, BLOCK_K)."""
+    if LAYOUT == "row" and BATCH:
+        return tl.make_tensor_descriptor(
+            ptr, [images, rows, depth], [stride_image, stride_row, 1], [1, BLOCK, BLOCK_K]
+        )
+    elif LAYOUT == "row":
+        return tl.make_tensor_descriptor(ptr, [rows, depth], [stride_row, 1], [BLOCK, BLOCK_K])
+    elif BATCH:
+        return tl.make_tensor_descriptor(
+            ptr, [images, depth, rows], [stride_image, stride_k, 1], [1, BLOCK_K, BLOCK]
+        )
+    else:
+        return tl.make_tensor_descriptor(ptr, [depth, rows], [stride_k, 1], [BLOCK_K, BLOCK])
+
+
+@triton.jit
+def _copy(
+    descriptor,
+    image,
+    row,
+    at,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """The tile (BLOCK, BLOCK_K) at (row, at) of what `_describe` described."""
+    if LAYOUT == "row" and BATCH:
+        return descriptor.load([image, row, at]).reshape(BLOCK, BLOCK_K)
+    elif LAYOUT == "row":
+        return descriptor.load([row, at])
+    elif BATCH:
+        return tl.trans(descriptor.load([image, at, row]).reshape(BLOCK_K, BLOCK))
+    else:
+        return tl.trans(descriptor.load([at, row]))
 
 
 @triton.jit

@@ -23,9 +23,10 @@ from mgllava_kernels import (
     project_groups,
     use_backend,
 )
-from mgllava_kernels._triton import matmul
+from mgllava_kernels._triton import matmul, products
 from mgllava_kernels._triton import projector as implementation
 from mgllava_kernels._triton.launch import INTERPRETER, Target, half, odd, target_of
+from mgllava_kernels._triton.product_configs import TMA, product_config
 from mgllava_kernels.aot import TARGETS
 
 SPACES = (implementation.LINEAR, implementation.INPUT_GRADIENT, implementation.WEIGHT_GRADIENT)
@@ -57,9 +58,10 @@ def double(values):
 
 
 @contextmanager
-def forced(tile=(32, 32, 32), **choices):
+def forced(tile=(32, 32, 32), route=implementation.TRITON, **choices):
     """Every product of the block is launched with this tile and these choices."""
-    config = implementation._config(target_of(torch.device(KERNEL_DEVICE)), tile, 4, 1, **choices)
+    config = product_config(target_of(torch.device(KERNEL_DEVICE)), tile, 4, 1, **choices)
+    config = implementation.routed(config, route)
     with ExitStack() as stack:
         for space in SPACES:
             stack.enter_context(configs.force(space.kernel, config))
@@ -187,7 +189,7 @@ def test_maps_are_not_copied(monkeypatch):
     def spy(kernel, programs, device, args, **options):
         layouts.append((options["A_LAYOUT"], args[0][0].data_ptr()))
 
-    monkeypatch.setattr(implementation, "launch_product", spy)
+    monkeypatch.setattr(products, "launch_product", spy)
     map_ = torch.randn(40, 24, device=KERNEL_DEVICE)
     _, w1, b1, _, _ = group(1)
     implementation.linear_gelu(map_.T, w1, b1, False)
@@ -197,8 +199,8 @@ def test_maps_are_not_copied(monkeypatch):
 CHOICES = (
     {"tile": (32, 64, 32), "group": 2, "programs": 1},
     {"tile": (64, 32, 16), "group": 1, "programs": 2},
-    {"descriptors": implementation.TMA},
-    {"tile": (128, 128, 32), "descriptors": implementation.TMA, "programs": 1},
+    {"descriptors": TMA},
+    {"tile": (128, 128, 32), "descriptors": TMA, "programs": 1},
     {"route": implementation.TORCH},
 )
 
@@ -225,13 +227,13 @@ def test_every_config_computes_the_same(choice):
 def test_long_sums_are_cut_into_parts(monkeypatch):
     """Few tiles and many tokens: the weights' gradients are summed in parts."""
     parts = []
-    run = implementation.launch_product
+    run = products.launch_product
 
     def spy(kernel, programs, device, args, **options):
         parts.append([partial.shape[0] for partial in args[6] if options["EPILOGUE"] == "none"])
         run(kernel, programs, device, args, **options)
 
-    monkeypatch.setattr(implementation, "launch_product", spy)
+    monkeypatch.setattr(products, "launch_product", spy)
     values = group(300, width=16, hidden=8, out=12, requires_grad=True)
     with forced((32, 32, 16)):
         gradients = torch.autograd.grad(mlp_projector(*values).sum(), values)
@@ -290,13 +292,13 @@ def test_every_element_is_written(monkeypatch):
 
 def test_layers_of_several_sets_are_one_launch(monkeypatch):
     launched = []
-    run = implementation.launch_product
+    run = products.launch_product
 
     def spy(kernel, programs, device, args, **options):
         launched.append((options["EPILOGUE"], len(args[0])))
         run(kernel, programs, device, args, **options)
 
-    monkeypatch.setattr(implementation, "launch_product", spy)
+    monkeypatch.setattr(products, "launch_product", spy)
     groups = [group(9, requires_grad=True), group(1, width=72, requires_grad=True)]
     outputs = grouped_mlp_projector(*columns(groups))
     assert launched == [("bias_gelu", 2), ("bias", 2)]
