@@ -69,6 +69,13 @@ def check_int(name: str, value: object) -> int:
     return number
 
 
+def check_width(name: str, value: object) -> int:
+    number = check_int(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return number
+
+
 def check_size(name: str, value: object) -> tuple[int, int]:
     """An int or a pair of ints, each at least 1, as (height, width)."""
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)

@@ -10,7 +10,8 @@ def fusion_obstacle(layers: Mapping[str, nn.Module], *inputs: Tensor) -> str | N
     """Why `layers` must be called rather than fused, naming each in the way; None if they can be fused.
 
     A layer can be fused if it does what its weight and bias say. Quantised replacements, adapters, offloading
-    hooks and tensor subclasses act inside the layer's own call.
+    hooks, layers that FSDP2 shards one by one and tensor subclasses act inside the layer's own call. A module
+    that is sharded as a whole has its weights gathered, as plain parameters, when its own forward runs.
 
     Args:
         layers: by the names to use in the answer.

@@ -39,6 +39,7 @@ OLDEST_CAPABILITY = (8, 0)
 
 _chosen: ContextVar[str | None] = ContextVar("mgllava_kernels_backend", default=None)
 _modules: dict[str, dict[str, str]] = {}
+_exceptions: dict[str, Callable[[Tensor], str | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def use_backend(name: str) -> Iterator[None]:
     forward-mode differentiation `"auto"` takes `reference`, and `"torch"` and `"triton"` raise RuntimeError.
     `roi_align` and `pooled_roi_align` cannot be differentiated twice on any path and raise inside all of these.
 
-    A module whose layers have been replaced, hooked or quantised calls them instead of an op, unless the
-    choice is `"triton"`: then, as always when that choice cannot be met, it raises RuntimeError.
+    A module whose layers have been replaced, hooked, quantised or sharded one by one calls them instead of an
+    op, unless the choice is `"triton"`: then, as always when that choice cannot be met, it raises RuntimeError.
 
     Raises:
         ValueError: `name` is none of the four.
@@ -93,18 +94,30 @@ def active_backend(tensor: Tensor, op: str | None = None) -> Backend:
         op: name of a public function of this package; None asks about an op with every implementation there
             is.
 
+    Tuned tables may send single matrix products of the projector ops to torch (cuBLAS) though the op as a whole
+    runs on Triton: the reason then names them, for the device and dtype of `tensor`.
+
     Raises:
-        ValueError: unknown `op`, or an illegal value in `MGLLAVA_KERNELS`.
+        ValueError: unknown `op`, an illegal value in `MGLLAVA_KERNELS`, or an unusable tuned table.
         RuntimeError: an explicit choice that cannot be met, as the op itself would raise.
     """
     if op is not None and op not in _modules:
         raise ValueError(f"op must be one of {', '.join(sorted(_modules))}; got {op!r}")
-    return resolve(op, tensor)
+    chosen = resolve(op, tensor)
+    if chosen.name != "triton" or op not in _exceptions:
+        return chosen
+    exceptions = _exceptions[op](tensor)
+    return chosen if exceptions is None else Backend(chosen.name, f"{chosen.reason}; {exceptions}")
 
 
-def register(op: str, **modules: str) -> None:
-    """Register the modules that implement `op`: `register("roi_align", torch="package.module")`."""
+def register(op: str, *, exceptions: Callable[[Tensor], str | None] | None = None, **modules: str) -> None:
+    """Register the modules that implement `op`: `register("roi_align", torch="package.module")`.
+
+    `exceptions` says what of the op does not run on Triton though the op does, for a tensor's device and dtype.
+    """
     _modules.setdefault(op, {}).update(modules)
+    if exceptions is not None:
+        _exceptions[op] = exceptions
 
 
 def registered_ops() -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from mgllava_kernels import backend, reference
 from mgllava_kernels._autocast import autocast_operands
-from mgllava_kernels._checks import check_alike, check_int, check_tensor
+from mgllava_kernels._checks import check_alike, check_int, check_tensor, check_width
 from mgllava_kernels._layers import fusion_obstacle
 
 for _name in ("conv_gate_fusion", "depthwise_conv_gelu"):
@@ -136,25 +137,45 @@ class ConvGateFusion(nn.Module):
     out_features).
 
     Layers: `high_res_conv`, `high_res_proj`, `low_res_conv`, `low_res_proj`, and `gate_in`, `gate_out` in the
-    gate variants; `concat_raw` has none. If a layer has been replaced, hooked or quantised, the module calls
-    the layers one after the other, or raises RuntimeError if the backend `triton` was chosen.
+    gate variants; `concat_raw` has none. If a layer has been replaced, hooked, quantised or sharded on its own,
+    the module calls the layers one after the other, or raises RuntimeError if the backend `triton` was chosen.
+
+    Args:
+        low_res_dim: D; the gate's hidden width is D // 2.
+        high_res_dim: C.
+        variant: `gate_sum`, `gate_concat`, `concat_projected` or `concat_raw`, as for `conv_gate_fusion`.
+        device, dtype: of the parameters, as torch's layers take them.
+
+    Raises:
+        TypeError, ValueError: a width that is no positive int; an unknown variant.
+
+    Source: MG-LLaVA, arXiv 2406.17770, section 3.1.
     """
 
-    def __init__(self, low_res_dim: int, high_res_dim: int, variant: str = "gate_sum") -> None:
+    def __init__(
+        self,
+        low_res_dim: int,
+        high_res_dim: int,
+        variant: str = "gate_sum",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _check_variant(variant)
-        self.low_res_dim = low_res_dim
-        self.high_res_dim = high_res_dim
+        low = self.low_res_dim = check_width("low_res_dim", low_res_dim)
+        high = self.high_res_dim = check_width("high_res_dim", high_res_dim)
         self.variant = variant
         if variant == "concat_raw":
             return
-        self.high_res_conv = nn.Conv2d(high_res_dim, high_res_dim, 1)
-        self.high_res_proj = nn.Conv2d(high_res_dim, low_res_dim, 1)
-        self.low_res_conv = nn.Conv2d(low_res_dim, low_res_dim, 7, padding=3, groups=low_res_dim)
-        self.low_res_proj = nn.Conv2d(low_res_dim, low_res_dim, 1)
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.high_res_conv = nn.Conv2d(high, high, 1, **placed)
+        self.high_res_proj = nn.Conv2d(high, low, 1, **placed)
+        self.low_res_conv = nn.Conv2d(low, low, 7, padding=3, groups=low, **placed)
+        self.low_res_proj = nn.Conv2d(low, low, 1, **placed)
         if variant in ("gate_sum", "gate_concat"):
-            self.gate_in = nn.Linear(2 * low_res_dim, low_res_dim // 2)
-            self.gate_out = nn.Linear(low_res_dim // 2, 1)
+            self.gate_in = nn.Linear(2 * low, low // 2, **placed)
+            self.gate_out = nn.Linear(low // 2, 1, **placed)
         self.reset_parameters()
 
     @property
@@ -183,6 +204,7 @@ class ConvGateFusion(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, low_res: Tensor, high_res: Tensor) -> Tensor:
+        """Tokens (B, N, D) and map (B, C, H, W), H·W = N, to (B, N, out_features); as `conv_gate_fusion`."""
         layers = self._layers()
         obstacle = fusion_obstacle(layers, low_res, high_res)
         if obstacle is not None:

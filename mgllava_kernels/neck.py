@@ -42,6 +42,8 @@ def vision_neck(
 
     Source: MG-LLaVA, arXiv 2406.17770, sections 3.1 and 3.2.
     """
+    if isinstance(stages, Tensor) or not isinstance(stages, Sequence) or len(stages) == 0:
+        raise TypeError(f"stages must be a non-empty sequence of maps, got {type(stages).__name__}")
     fused = fusion(low_res, stages[-1])
     objects = pooled_roi_align(
         stages,

@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from mgllava_kernels import backend, reference
 from mgllava_kernels._autocast import autocast_operands
-from mgllava_kernels._checks import check_alike, check_tensor
+from mgllava_kernels._checks import check_alike, check_tensor, check_width
 from mgllava_kernels._layers import call_obstacle, fusion_obstacle
+from mgllava_kernels._routes import products_in_torch
 
 for _name in ("linear_gelu", "mlp_projector", "grouped_mlp_projector"):
     backend.register(
-        _name, torch="mgllava_kernels._torch.projector", triton="mgllava_kernels._triton.projector"
+        _name,
+        torch="mgllava_kernels._torch.projector",
+        triton="mgllava_kernels._triton.projector",
+        exceptions=products_in_torch,
     )
 
 
@@ -98,14 +102,33 @@ class Projector(nn.Module):
     """Two linear layers with a GELU between: (..., in_features) to (..., out_features).
 
     Parameters live in `linear_1` (in_features → out_features) and `linear_2` (out_features → out_features).
-    If a layer has been replaced, hooked or quantised, the module calls the layers one after the other, or
-    raises RuntimeError if the backend `triton` was chosen.
+    If a layer has been replaced, hooked, quantised or sharded on its own, the module calls the layers one after
+    the other, or raises RuntimeError if the backend `triton` was chosen.
+
+    Args:
+        in_features: K of the tokens.
+        out_features: T, also the hidden width.
+        device, dtype: of the parameters, as torch's layers take them.
+
+    Raises:
+        TypeError, ValueError: a width that is no positive int.
+
+    Source: MG-LLaVA, arXiv 2406.17770, section 3.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_features, out_features)
-        self.linear_2 = nn.Linear(out_features, out_features)
+        in_features = check_width("in_features", in_features)
+        out_features = check_width("out_features", out_features)
+        self.linear_1 = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+        self.linear_2 = nn.Linear(out_features, out_features, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """torch's default initialisation of both linear layers."""
@@ -113,6 +136,7 @@ class Projector(nn.Module):
         self.linear_2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (..., in_features) to (..., out_features); as `mlp_projector`."""
         first, second = self.linear_1, self.linear_2
         obstacle = fusion_obstacle({"linear_1": first, "linear_2": second}, x)
         if obstacle is not None:
@@ -124,9 +148,9 @@ class Projector(nn.Module):
 def project_groups(projectors: Sequence[Projector], xs: Sequence[Tensor]) -> list[Tensor]:
     """`[projector(x) for projector, x in zip(projectors, xs)]`, in one op where that changes nothing.
 
-    It is one `grouped_mlp_projector` if no projector or layer of one has been replaced, hooked or quantised,
-    and all tokens and parameters share a device and a dtype (that of the autocast region inside one).
-    Otherwise the projectors are called one after the other.
+    It is one `grouped_mlp_projector` if no projector or layer of one has been replaced, hooked, quantised or
+    sharded on its own, and all tokens and parameters share a device and a dtype (that of the autocast region
+    inside one). Otherwise the projectors are called one after the other.
 
     Args:
         projectors: modules, each with its own widths.

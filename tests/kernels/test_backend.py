@@ -3,12 +3,15 @@
 import asyncio
 import sys
 import threading
+from unittest import mock
 
 import pytest
 import torch
+from kernel_cases import KERNEL_DEVICE
 
 import mgllava_kernels as kernels
-from mgllava_kernels import active_backend, backend, use_backend
+from mgllava_kernels import active_backend, backend, configs, use_backend
+from mgllava_kernels.configs import tables
 
 X = torch.zeros(2, 3)
 
@@ -183,3 +186,85 @@ def test_an_empty_environment_variable_counts_as_unset(monkeypatch):
     monkeypatch.setenv("MGLLAVA_KERNELS", "")
     assert active_backend(X).name == "torch"
     assert kernels.linear_gelu(X, torch.zeros(4, 3), torch.zeros(4)).shape == (2, 4)
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """A function that writes a user's table of `linear` for this device: what routes to take at counts of tokens."""
+    pytest.importorskip("triton")
+    if KERNEL_DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from mgllava_kernels._triton import launch, projector
+
+    monkeypatch.setenv(tables.ENVIRONMENT_VARIABLE, str(tmp_path))
+    target = launch.target_of(torch.device(KERNEL_DEVICE))
+    sizes = {"K": 3, "N": 4}
+
+    def write(routes: dict[int, int]) -> configs.Config:
+        entries = []
+        for count, route in routes.items():
+            blocks, warps, stages = vars(projector.LINEAR.heuristic(target, X.dtype, sizes, count)).values()
+            config = configs.Config(tuple({**dict(blocks), "ROUTE": route}.items()), warps, stages)
+            entries.append(tables.Entry(X.dtype, tuple(sizes.items()), count, config, {}, {}, 0))
+        fields = {name: getattr(target, name) for name in tables.TARGET_FIELDS}
+        table = tables.Table("linear", target.name, fields, [{}], entries)
+        tables.write(tables.path_of(tmp_path, "linear", target.name), table)
+        configs.reload()
+        return config
+
+    yield write
+    configs.reload()
+
+
+def torch_computes(tokens: int) -> bool:
+    """Whether a projector's first layer on `tokens` tokens is computed by torch."""
+    x, weight, bias = torch.randn(tokens, 3), torch.randn(4, 3), torch.randn(4)
+    with use_backend("triton"), mock.patch.object(torch, "addmm", wraps=torch.addmm) as addmm:
+        output = kernels.linear_gelu(*(value.to(KERNEL_DEVICE) for value in (x, weight, bias)))
+    expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(output.cpu(), expected, rtol=1e-3, atol=1e-3)
+    return addmm.called
+
+
+def test_the_reason_names_what_tables_send_to_torch(tuned):
+    from mgllava_kernels._triton.projector import TORCH, TRITON
+
+    x = X.to(KERNEL_DEVICE)
+    tuned({2: TORCH, 64: TRITON, 9: TORCH})
+    products = "; tuned tables send to torch: linear K=3 N=4 at 2, 9 tokens"
+    with use_backend("triton"):
+        for op in ("linear_gelu", "mlp_projector", "grouped_mlp_projector"):
+            assert str(active_backend(x, op)) == f"triton (chosen by use_backend{products})"
+        for op in ("conv_gate_fusion", "roi_align", None):
+            assert active_backend(x, op).reason == "chosen by use_backend"
+        assert active_backend(x.half(), "linear_gelu").reason == "chosen by use_backend", (
+            "another dtype's table"
+        )
+    assert [torch_computes(tokens) for tokens in (1, 9, 40)] == [True, True, False]
+    with use_backend("torch"):
+        assert active_backend(x, "linear_gelu").reason == "chosen by use_backend"
+
+
+def test_the_reason_follows_a_forced_config(tuned):
+    from mgllava_kernels._triton.projector import TORCH, TRITON
+
+    x = X.to(KERNEL_DEVICE)
+    to_triton, to_torch = tuned({2: TRITON}), tuned({2: TORCH})
+    with use_backend("triton"):
+        with configs.force("linear", to_triton):
+            assert active_backend(x, "linear_gelu").reason == "chosen by use_backend"
+            assert not torch_computes(2)
+        assert active_backend(x, "linear_gelu").reason.endswith("at 2 tokens")
+        tuned({2: TRITON})
+        with configs.force("linear", to_torch):
+            assert active_backend(x, "linear_gelu").reason.endswith("at 2 tokens")
+            assert torch_computes(2)
+        assert active_backend(x, "linear_gelu").reason == "chosen by use_backend"
+
+
+def test_asking_about_torch_loads_no_kernels(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("mgllava_kernels._triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    for op in backend.registered_ops():
+        assert active_backend(X, op).name == "torch"
+    assert not [name for name in sys.modules if name.startswith("mgllava_kernels._triton")]
