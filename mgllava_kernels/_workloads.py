@@ -274,26 +274,26 @@ GRID = STAGES[3][1]
 HIGH_WIDTH = STAGES[3][0]
 GATE_WIDTH = IMAGE_WIDTH // 2
 
-# Pictures, variant, and whether what the backward pass needs is kept, as in training. The first call is training's:
-# its kernels do all that those of inference do.
+# Pictures, variant, and whether what the backward pass needs is kept, as in training. The first call has the
+# largest tiles and epilogues.
 FUSED = (
+    (32, "gate_sum", True),
+    (32, "gate_sum", False),
+    (8, "gate_sum", False),
     (1, "gate_sum", True),
     (1, "gate_sum", False),
-    (8, "gate_sum", False),
-    (32, "gate_sum", False),
-    (32, "gate_sum", True),
     (8, "gate_concat", False),
     (8, "concat_projected", True),
 )
 FUSED_BACKWARD = (
-    (1, "gate_sum"),
-    (8, "gate_sum"),
     (32, "gate_sum"),
+    (8, "gate_sum"),
+    (1, "gate_sum"),
     (8, "gate_concat"),
     (8, "concat_projected"),
 )
-CONVOLVED = ((1, True), (1, False), (8, False), (32, False), (32, True))
-CONVOLVED_BACKWARD = (1, 8, 32)
+CONVOLVED = ((32, True), (32, False), (8, False), (1, True), (1, False))
+CONVOLVED_BACKWARD = (32, 8, 1)
 
 
 def _low_res(images: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -302,7 +302,7 @@ def _low_res(images: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _fusion_weights(variant: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    shapes = [
+    shapes: list[tuple[int, ...]] = [
         (HIGH_WIDTH, HIGH_WIDTH, 1, 1),
         (IMAGE_WIDTH, HIGH_WIDTH, 1, 1),
         (IMAGE_WIDTH, 1, 7, 7),
@@ -318,17 +318,17 @@ def _fusion_weights(variant: str, dtype: torch.dtype, device: torch.device) -> l
     return weights
 
 
-def _fusion_arguments(
+def fusion_arguments(
     images: int, variant: str, save: bool, dtype: torch.dtype, layout: str, device: torch.device
 ) -> tuple[Any, ...]:
     high_res = maps((images, HIGH_WIDTH, GRID, GRID), dtype, layout, device)
     return _low_res(images, dtype, device), high_res, _fusion_weights(variant, dtype, device), variant, save
 
 
-def _fusion_backward_arguments(
+def fusion_backward_arguments(
     images: int, variant: str, dtype: torch.dtype, layout: str, device: torch.device
 ) -> tuple[Any, ...]:
-    low_res, high_res, weights, _, _ = _fusion_arguments(images, variant, True, dtype, layout, device)
+    low_res, high_res, weights, _, _ = fusion_arguments(images, variant, True, dtype, layout, device)
     width = IMAGE_WIDTH if variant == "gate_sum" else 2 * IMAGE_WIDTH
     grad, low_pre, high_pre = (
         torch.randn(images, TOKENS, size, dtype=dtype, device=device)
@@ -402,7 +402,7 @@ OPS = (
         tuple(
             Workload(
                 _saved(f"{images} x {TOKENS} tokens, {variant}", save),
-                partial(_fusion_arguments, images, variant, save),
+                partial(fusion_arguments, images, variant, save),
             )
             for images, variant, save in FUSED
         ),
@@ -413,7 +413,7 @@ OPS = (
         tuple(
             Workload(
                 f"{images} x {TOKENS} tokens, {variant}",
-                partial(_fusion_backward_arguments, images, variant),
+                partial(fusion_backward_arguments, images, variant),
             )
             for images, variant in FUSED_BACKWARD
         ),

@@ -21,7 +21,18 @@ from triton.runtime.cache import get_cache_manager
 
 from mgllava_kernels import _machine_code
 from mgllava_kernels._triton import launch
-from mgllava_kernels._workloads import DTYPES, OPS, PICTURE, STAGES, Op, Workload, random_boxes
+from mgllava_kernels._workloads import (
+    CONV_GATE,
+    DTYPES,
+    OPS,
+    PICTURE,
+    STAGES,
+    Op,
+    Workload,
+    fusion_arguments,
+    fusion_backward_arguments,
+    random_boxes,
+)
 from mgllava_kernels.aot import (
     DEFAULT_TARGETS,
     TARGETS,
@@ -125,18 +136,30 @@ def covered(op: Op, target: str) -> dict[tuple[torch.dtype, str], Op]:
     """By dtype and layout the calls of `op` to compile for a target.
 
     All calls in bfloat16 in the first layout; of the other layouts, of float32 and, on sm_90, of float16 the
-    first call. Everything takes three times as long: set EVERYTHING, or run `python -m mgllava_kernels.aot`,
-    which fails on what these tests fail on, but for the instructions that they expect.
+    first call. Conv-Gate launches three times as many kernels as any other op: of its calls all but the first are
+    compiled for sm_90 alone, in float32 for sm_90 and gfx942, in float16 nowhere. Everything takes three times as
+    long: set EVERYTHING, or run `python -m mgllava_kernels.aot`, which fails on what these tests fail on, but for
+    the instructions that they expect.
     """
     first = replace(op, workloads=op.workloads[:1])
     found = {}
     for dtype, layout in product(DTYPES, op.layouts):
         main = layout == op.layouts[0]
-        if EVERYTHING in os.environ or (main and dtype == torch.bfloat16):
+        if EVERYTHING in os.environ:
             found[dtype, layout] = op
-        elif dtype == torch.bfloat16 or (main and (dtype == torch.float32 or target == "sm_90")):
+        elif dtype == torch.bfloat16:
+            whole = main and (op.module != CONV_GATE or target == "sm_90")
+            found[dtype, layout] = op if whole else first
+        elif main and target in targets_of(op, dtype):
             found[dtype, layout] = first
     return found
+
+
+def targets_of(op: Op, dtype: torch.dtype) -> tuple[str, ...]:
+    """The targets that the first call of `op` is compiled for in another dtype than bfloat16."""
+    if dtype == torch.float16:
+        return () if op.module == CONV_GATE else ("sm_90",)
+    return ("sm_90", "gfx942") if op.module == CONV_GATE else DEFAULT_TARGETS
 
 
 def ops() -> list[dict]:
@@ -220,29 +243,46 @@ def files() -> set[str]:
     return {str(path) for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*") if path.is_file()}
 
 
+def pooled(device: torch.device):
+    features = [torch.empty(3, channels, side, side, dtype=torch.bfloat16) for channels, side in STAGES]
+    boxes = random_boxes(3, 90, PICTURE, PICTURE, device)[1:]  # not aligned to 16 bytes
+    return features, boxes, STAGES[0][1] / PICTURE, 56, 56, -1, False
+
+
+# A call on tensors in memory, by op: of other sizes than `mgllava_kernels.aot` compiles for.
+KEYS = {
+    "pooled_roi_align": pooled,
+    "conv_gate_fusion": partial(fusion_arguments, 9, "gate_sum", True, torch.bfloat16, "contiguous"),
+    "conv_gate_fusion_backward": partial(
+        fusion_backward_arguments, 9, "gate_sum", torch.bfloat16, "contiguous"
+    ),
+}
+
+
 def keys() -> dict:
-    """What `keys_of` finds, by target."""
-    return {name: keys_of(TARGETS[name]) for name in ("sm_90", "gfx942")}
+    """What `keys_of` finds, by target and op."""
+    return {
+        name: {op.name: keys_of(op, TARGETS[name]) for op in OPS if op.name in KEYS}
+        for name in ("sm_90", "gfx942")
+    }
 
 
-def keys_of(target: launch.Target) -> dict:
-    """Compile a call ahead of time, in a process of its own; then make another, on tensors in memory."""
-    op = replace(OPS[0], workloads=OPS[0].workloads[:1])
-    built = compile_jobs([Job(op, target, torch.bfloat16, "contiguous")], 1)
+def keys_of(op: Op, target: launch.Target) -> dict:
+    """Compile calls ahead of time, in a process of its own; then make another, on tensors in memory."""
+    which = torch.bfloat16, "contiguous"
+    built = compile_jobs([Job(covered(op, target.name)[which], target, *which)], 1)
     before = files()
-    launched = {}
+    launched = set()
 
     def warm(kernel, grid, args, options):
-        launched[kernel.fn.__name__] = kernel.warmup(*args, grid=grid, **options).hash
+        launched.add((kernel.fn.__name__, kernel.warmup(*args, grid=grid, **options).hash))
 
-    features = [torch.empty(3, channels, side, side, dtype=torch.bfloat16) for channels, side in STAGES]
-    boxes = random_boxes(3, 90, PICTURE, PICTURE, torch.device("cpu"))[1:]  # not aligned to 16 bytes
     with driver_for(target), launch.compile_only(target, warm):
-        op.call((features, boxes, STAGES[0][1] / PICTURE, 56, 56, -1, False))
+        op.call(KEYS[op.name](torch.device("cpu")))
         inside = triton.runtime.driver.active.get_current_target()
     return {
-        "ahead": {one.kernel: one.hash for one in built},
-        "launched": launched,
+        "ahead": [(one.kernel, one.hash) for one in built],
+        "launched": sorted(launched),
         "new": sorted(files() - before),
         "inside": [inside.backend, inside.arch, inside.warp_size],
         "restored": triton.runtime.driver._active is None,

@@ -18,22 +18,22 @@ import torch
 
 pytest.importorskip("triton")
 
-from aot_cases import covered
+from aot_cases import KEYS, covered
 from typer.testing import CliRunner
 
 from mgllava_kernels import _machine_code, aot, configs
 from mgllava_kernels._triton.launch import Target, target_of
-from mgllava_kernels._workloads import OPS, Op, Workload
+from mgllava_kernels._workloads import CONV_GATE, OPS, Op, Workload
 from mgllava_kernels.aot import DEFAULT_TARGETS, TARGETS
 from mgllava_kernels.configs import Config, Space, choose, tables
 
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(work: str, folder: Path):
-    """The result of `aot_cases.py WORK`, compiled anew."""
+def compiled(work: str, folder: Path, cache: Path):
+    """The result of `aot_cases.py WORK`; what is in Triton's `cache` is not compiled again."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     environment.pop(tables.ENVIRONMENT_VARIABLE, None)
     command = [sys.executable, str(Path(__file__).parent / "aot_cases.py"), work, str(folder / "result.json")]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -42,14 +42,19 @@ def compiled(work: str, folder: Path):
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> list[dict]:
-    """Every kernel of the package; compiles for a minute or two."""
-    return compiled("ops", tmp_path_factory.mktemp("ops"))
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
-def cases(tmp_path_factory) -> dict[tuple[str, str], list[dict]]:
-    results = compiled("cases", tmp_path_factory.mktemp("cases"))
+def built(tmp_path_factory, cache) -> list[dict]:
+    """Every kernel of the package; compiles for some minutes."""
+    return compiled("ops", tmp_path_factory.mktemp("ops"), cache)
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory, cache) -> dict[tuple[str, str], list[dict]]:
+    results = compiled("cases", tmp_path_factory.mktemp("cases"), cache)
     found: dict[tuple[str, str], list[dict]] = {}
     for result in results:
         found.setdefault((result["op"], result["target"]), []).append(result)
@@ -85,12 +90,17 @@ def test_no_kernel_has_an_atomic_instruction(built, op, target):
         assert one["instructions"]["atomics"] == 0, one["kernel"]
 
 
-# The kernel of an op that reads its maps, or the gradients of its output. That of roi_align_backward is not among
-# them: of a row of 7 or 14 bins it reads those that touch a tile, which begin anywhere.
+# The kernels of an op that read its maps or tokens, or the gradients of its output, and do not do it by
+# `matmul.add_product`. That of roi_align_backward is not among them: of a row of 7 or 14 bins it reads those that
+# touch a tile, which begin anywhere.
 READERS = {
-    "pooled_roi_align": "_product_kernel",
-    "pooled_roi_align_backward": "_transposed_product_kernel",
-    "roi_align": "_roi_align_kernel",
+    "pooled_roi_align": ("_product_kernel",),
+    "pooled_roi_align_backward": ("_transposed_product_kernel",),
+    "roi_align": ("_roi_align_kernel",),
+    "conv_gate_fusion": ("_convolution_kernel",),
+    "conv_gate_fusion_backward": ("_transposed_convolution_kernel", "_weight_gradient_kernel"),
+    "depthwise_conv_gelu": ("_convolution_kernel",),
+    "depthwise_conv_gelu_backward": ("_transposed_convolution_kernel", "_weight_gradient_kernel"),
 }
 PROJECTIONS = dict.fromkeys(
     (
@@ -99,9 +109,21 @@ PROJECTIONS = dict.fromkeys(
         "linear_gelu",
         "linear_gelu_backward",
     ),
-    "_product_kernel",
+    ("_product_kernel",),
 )
-MULTIPLIERS = {**READERS, "roi_align_backward": "_roi_align_backward_kernel", **PROJECTIONS}
+# The kernels of an op that are made of `matmul.add_product`, and all that multiply matrices.
+LAYERS = {
+    **PROJECTIONS,
+    "conv_gate_fusion": ("_product_kernel", "_dual_product_kernel"),
+    "conv_gate_fusion_backward": ("_product_kernel", "_weight_product_kernel"),
+}
+MULTIPLIERS = {
+    "pooled_roi_align": ("_product_kernel",),
+    "pooled_roi_align_backward": ("_transposed_product_kernel",),
+    "roi_align": ("_roi_align_kernel",),
+    "roi_align_backward": ("_roi_align_backward_kernel",),
+    **LAYERS,
+}
 UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 ELEMENTS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -117,17 +139,37 @@ def expected(op: Op, target: str) -> set[tuple[str, str]]:
     return {(tables.dtype_name(dtype), layout) for dtype, layout in covered(op, target)}
 
 
+def each_kernel(kernels: dict[str, tuple[str, ...]]):
+    return pytest.mark.parametrize(
+        ("op", "kernel"),
+        [
+            pytest.param(op, kernel, id=f"{op.name} {kernel}")
+            for op in OPS
+            for kernel in kernels.get(op.name, ())
+        ],
+    )
+
+
+def assert_wide(one: dict, read: dict) -> None:
+    """Sixteen bytes at a time, or what a thread has to load of the tile if that is less."""
+    threads = one["options"]["num_warps"] * TARGETS[one["target"]].warp_size
+    share = math.prod(read["shape"]) * getattr(torch, one["dtype"]).itemsize // threads
+    assert read["widths"], f"{described(one)}: {read} is nowhere in the machine code"
+    assert min(map(int, read["widths"])) >= min(16, share), f"{described(one)}: {read}"
+
+
 def described(one: dict) -> str:
     options = " ".join(f"{name}={value}" for name, value in one["options"].items())
     return f"{one['kernel']} {one['dtype']} {one['layout']} {options}"
 
 
 @each_target
-@pytest.mark.parametrize("op", [op for op in OPS if op.name in READERS], ids=lambda op: op.name)
-def test_maps_are_read_sixteen_bytes_at_a_time(built, op, target):
-    """Every load of a map by every variant; less only where a thread has less to load of a tile."""
-    kernels = variants(built, op, target, READERS[op.name])
-    # Weights are float32: matrices of 16 bits are maps. In float32 these are what the same lines load.
+@each_kernel(READERS)
+def test_maps_are_read_sixteen_bytes_at_a_time(built, op, kernel, target):
+    """Every load of a map by every variant."""
+    kernels = variants(built, op, target, kernel)
+    # RoIAlign's weights are float32, a convolution's taps are less than a thread's share: other matrices of 16 bits
+    # are maps. In float32 these are what the same lines load.
     places = {
         read["place"]
         for one in kernels
@@ -136,36 +178,39 @@ def test_maps_are_read_sixteen_bytes_at_a_time(built, op, target):
     }
     assert places
     for one in kernels:
-        threads = one["options"]["num_warps"] * TARGETS[target].warp_size
         found = [read for read in one["reads"] if read["place"] in places]
         assert found, described(one)
         for read in found:
             assert read["element"] == ELEMENTS[one["dtype"]]
-            tile = math.prod(read["shape"]) * getattr(torch, one["dtype"]).itemsize
-            assert read["widths"], f"{described(one)}: {read} is nowhere in the machine code"
-            assert min(map(int, read["widths"])) >= min(16, tile // threads), f"{described(one)}: {read}"
+            assert_wide(one, read)
 
 
 @each_target
-@pytest.mark.parametrize("op", [op for op in OPS if op.name in MULTIPLIERS], ids=lambda op: op.name)
-def test_products_are_those_of_the_targets_matrix_units(built, op, target):
+@each_kernel(MULTIPLIERS)
+def test_products_are_those_of_the_targets_matrix_units(built, op, kernel, target):
     """Linear layers in float32 are IEEE unless the user allows tf32, and NVIDIA's matrix units are not."""
-    for one in variants(built, op, target, MULTIPLIERS[op.name]):
-        ieee = op.name in PROJECTIONS and one["dtype"] == "float32" and UNITS[target] != "v_mfma"
+    for one in variants(built, op, target, kernel):
+        ieee = op.name in LAYERS and one["dtype"] == "float32" and UNITS[target] != "v_mfma"
         assert one["instructions"]["matrix"].keys() == (set() if ieee else {UNITS[target]}), described(one)
 
 
 @each_target
-@pytest.mark.parametrize("op", [op for op in OPS if op.name in PROJECTIONS], ids=lambda op: op.name)
-def test_layers_read_whole_tiles_or_sixteen_bytes_at_a_time(built, op, target):
-    """Through tensor descriptors where there are some; these leave no loads in the product."""
-    for one in variants(built, op, target, PROJECTIONS[op.name]):
-        described_tiles = TARGETS[target].capability >= 90
-        assert one["options"]["USE_DESCRIPTORS"] == described_tiles
+@each_kernel(LAYERS)
+def test_layers_read_whole_tiles_or_sixteen_bytes_at_a_time(built, op, kernel, target):
+    """Through tensor descriptors where a config asks for them; these leave no loads in the product."""
+    for one in variants(built, op, target, kernel):
         operands = [read for read in one["reads"] if read["place"].startswith("matmul.py")]
-        assert len(operands) == (0 if described_tiles else 2), described(one)
+        products = 2 if kernel == "_dual_product_kernel" else 1
+        assert len(operands) == (0 if one["options"]["USE_DESCRIPTORS"] else 2 * products), described(one)
         for read in operands:
-            assert {int(width) for width in read["widths"]} == {16}, f"{described(one)}: {read}"
+            assert_wide(one, read)
+
+
+@each_target
+@each_kernel(PROJECTIONS)
+def test_projections_use_descriptors_where_there_are_some(built, op, kernel, target):
+    for one in variants(built, op, target, kernel):
+        assert one["options"]["USE_DESCRIPTORS"] == (TARGETS[target].capability >= 90)
 
 
 @each_target
@@ -175,25 +220,29 @@ def test_dtypes_and_layouts_are_compiled(built, op, target):
     assert there == expected(op, target)
     assert {layout for dtype, layout in there if dtype == "bfloat16"} == set(op.layouts)
     dtypes = {"bfloat16", "float16", "float32"} if target == "sm_90" else {"bfloat16", "float32"}
+    if op.module == CONV_GATE:
+        dtypes = {"bfloat16", "float32"} if target in ("sm_90", "gfx942") else {"bfloat16"}
     assert {dtype for dtype, _ in there} >= dtypes
 
 
 @pytest.fixture(scope="session")
-def keys(tmp_path_factory) -> dict[str, dict]:
-    return compiled("keys", tmp_path_factory.mktemp("keys"))
+def keys(tmp_path_factory, cache) -> dict[str, dict[str, dict]]:
+    return compiled("keys", tmp_path_factory.mktemp("keys"), cache)
 
 
 @pytest.mark.parametrize(
     ("target", "inside"), [("sm_90", ["cuda", 90, 32]), ("gfx942", ["hip", "gfx942", 64])]
 )
-def test_a_launch_finds_what_was_compiled_ahead(keys, target, inside):
+@pytest.mark.parametrize("op", KEYS)
+def test_a_launch_finds_what_was_compiled_ahead(keys, op, target, inside):
     """Other box counts, other batch, other tensors: the same keys in Triton's cache.
 
     Holds Triton to what it is used for: `driver.set_active`, kernels kept by device, `warmup`.
     """
-    result = keys[target]
-    assert result["launched"].items() <= result["ahead"].items()
-    assert len(result["launched"]) > 1
+    result = keys[target][op]
+    ahead, launched = (set(map(tuple, result[which])) for which in ("ahead", "launched"))
+    assert launched <= ahead
+    assert len({kernel for kernel, _ in launched}) > 1
     assert result["new"] == []
     assert result["inside"] == inside
     assert result["restored"]
