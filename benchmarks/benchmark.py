@@ -1,0 +1,230 @@
+"""What a benchmark of an op consists of: inputs, providers, cost; and one call of a provider in a mode."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.roofline import Cost
+from benchmarks.shapes import Case, Sizes
+from mgllava_kernels import use_backend
+
+# Arguments by name: tensors, lists of tensors, modules, numbers. Boxes get no gradient and stay float32.
+Inputs = dict[str, Any]
+Function = Callable[..., Sequence[Tensor]]
+ExtraBytes = Callable[[Sizes, torch.dtype, str], int]
+NOT_DIFFERENTIATED = ("boxes",)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something that computes the op.
+
+    Args:
+        name: as in the rows.
+        function: takes the inputs by name and returns the results.
+        extra_bytes: estimate of its peak memory above the inputs, if it can be more than a machine has.
+        gpu_only: why it is measured on GPUs only, unless it is asked for by name; None if it is not.
+        needs_gpu: it cannot be timed anywhere else.
+        modes: what it can compute.
+        dtypes: names of those in which it computes the op; None: all.
+    """
+
+    name: str
+    function: Function
+    extra_bytes: ExtraBytes | None = None
+    gpu_only: str | None = None
+    needs_gpu: bool = False
+    modes: tuple[str, ...] = ("forward", "backward", "both")
+    dtypes: tuple[str, ...] | None = None
+
+    def obstacle(self, device: torch.device, dtype: str, mode: str, by_name: bool) -> str | None:
+        """Why it does not run in this dtype and mode on this device, or None."""
+        if mode not in self.modes:
+            return f"computes {' and '.join(self.modes)} only"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"computes the op in {' and '.join(self.dtypes)} only"
+        if device.type == "cuda":
+            return None
+        if self.needs_gpu:
+            return "needs a GPU: times of Triton's interpreter say nothing"
+        return None if by_name else self.gpu_only
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One op.
+
+    Args:
+        name: as in the rows.
+        cases: its sizes.
+        tiny: sizes that warm up a process, and of the tests.
+        inputs: makes the inputs in float32 on the CPU from sizes and a generator.
+        output_shapes: of the results.
+        providers: the baseline first.
+        function: this package's public function on the inputs, on whatever backend is active.
+        cost: bytes and FLOPs of a case in a mode.
+        dtypes: names of the dtypes measured by default on a GPU; on a CPU it is float32.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    tiny: Sizes
+    inputs: Callable[[Sizes, torch.Generator], Inputs]
+    output_shapes: Callable[[Sizes], list[tuple[int, ...]]]
+    providers: tuple[Provider, ...]
+    function: Function
+    cost: Callable[[Sizes, torch.dtype, str], Cost]
+    dtypes: tuple[str, ...] = ("bfloat16",)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of one case, and the gradients of its results."""
+
+    inputs: Inputs
+    grads: list[Tensor]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gets a gradient: floating tensors and parameters, in the order of the inputs."""
+        differentiated = [value for name, value in self.inputs.items() if name not in NOT_DIFFERENTIATED]
+        return list(_tensors(differentiated))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the inputs."""
+        return sum(tensor.nbytes for tensor in _tensors(list(self.inputs.values())))
+
+    def in_float64(self) -> "Problem":
+        """The same numbers in float64."""
+        inputs = {name: _converted(value, torch.float64) for name, value in self.inputs.items()}
+        return Problem(inputs, [grad.double() for grad in self.grads])
+
+
+def make_problem(
+    benchmark: Benchmark, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Problem:
+    """Random inputs of a benchmark and random gradients of its results."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        name: _converted(value, dtype if name not in NOT_DIFFERENTIATED else None, device)
+        for name, value in benchmark.inputs(sizes, generator).items()
+    }
+    grads = [
+        torch.randn(shape, generator=generator).to(device, dtype) for shape in benchmark.output_shapes(sizes)
+    ]
+    problem = Problem(inputs, grads)
+    for leaf in problem.leaves:
+        leaf.requires_grad_()
+    return problem
+
+
+def make_call(function: Function, problem: Problem, mode: str) -> Callable[[], list[Tensor]]:
+    """One call of a provider: results (`forward`), gradients (`backward`), or both, as a list.
+
+    `backward` runs the forward pass now and only its backward pass at each call.
+    """
+    inputs, leaves, grads = problem.inputs, problem.leaves, problem.grads
+
+    if mode == "forward":
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return list(function(**inputs))
+
+        return forward
+
+    if mode == "backward":
+        results = list(function(**inputs))
+
+        def backward() -> list[Tensor]:
+            return list(
+                torch.autograd.grad(results, leaves, grads, retain_graph=True, materialize_grads=True)
+            )
+
+        return backward
+
+    def both() -> list[Tensor]:
+        results = list(function(**inputs))
+        return results + list(torch.autograd.grad(results, leaves, grads, materialize_grads=True))
+
+    return both
+
+
+def on_backend(backend: str, function: Function) -> Function:
+    """`function` with one of this package's backends."""
+
+    def call(**inputs: Any) -> Sequence[Tensor]:
+        with use_backend(backend):
+            return function(**inputs)
+
+    return call
+
+
+def package_providers(function: Function) -> tuple[Provider, ...]:
+    """This package's paths."""
+    return (
+        Provider("torch", on_backend("torch", function)),
+        Provider("triton", on_backend("triton", function), needs_gpu=True),
+    )
+
+
+COMPILED_ON_GPUS = "compiled rivals run on a GPU, elsewhere when named with --provider"
+
+
+def original_providers(function: Function, extra_bytes: ExtraBytes) -> tuple[Provider, ...]:
+    """The original composition as it is, and compiled."""
+    return (
+        Provider("original", function, extra_bytes),
+        *(
+            Provider(name, partial(_compiled, function, mode), extra_bytes, gpu_only=COMPILED_ON_GPUS)
+            for name, mode in (("original compiled", "default"), ("original max-autotune", "max-autotune"))
+        ),
+    )
+
+
+_compilations: dict[tuple[Function, str], Function] = {}
+
+
+def _compiled(function: Function, mode: str, **inputs: Any) -> Sequence[Tensor]:
+    if (function, mode) not in _compilations:
+        # Graphs are this program's own business: it measures with and without. A donated buffer would not
+        # survive the repeated backward passes.
+        torch._functorch.config.donated_buffer = False
+        options = dict(torch._inductor.list_mode_options(mode)) | {"triton.cudagraphs": False}
+        _compilations[function, mode] = torch.compile(function, options=options, dynamic=False)
+    return _compilations[function, mode](**inputs)
+
+
+def forget_compilations() -> None:
+    """Let go of compiled code, so that the next case is compiled for its own sizes."""
+    _compilations.clear()
+    torch._dynamo.reset()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The floating tensors in an input."""
+    if isinstance(value, nn.Module):
+        yield from value.parameters()
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _converted(value: Any, dtype: torch.dtype | None, device: torch.device | None = None) -> Any:
+    """A copy of an input in another dtype, on another device."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(device, dtype)
+    if isinstance(value, Tensor):
+        copied = value.detach().to(device, dtype)
+        return copied.requires_grad_(value.requires_grad)
+    if isinstance(value, list | tuple):
+        return [_converted(item, dtype, device) for item in value]
+    return value

@@ -1,0 +1,134 @@
+"""The original composition of MG-LLaVA's neck, the baseline: its order, its dtypes, its loop over pictures.
+
+Each stage's map is upsampled in float32 and cast to the model's dtype, the maps are concatenated and cast to
+float32; Conv-Gate is separate convolutions, GELUs, transposes, a concatenation, a mean, two linear layers and a
+tanh; a projector is two linear layers and a GELU; then each picture's boxes go through torchvision's RoIAlign
+in float32 to (K, ΣC_l, 56, 56), a cast to the model's dtype, a mean over the bins and the object projector.
+Nothing here takes part in the choice of backends.
+
+`extra_*` estimate the peak memory above the inputs in bytes, so that what does not fit is refused.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.shapes import Sizes, model_width, stage_shapes, token_width, tokens_of
+from mgllava_kernels._workloads import BINS
+from mgllava_kernels.conv_gate import ConvGateFusion
+from mgllava_kernels.projector import Projector
+
+
+def joined_stages(stages: Sequence[Tensor]) -> Tensor:
+    """The stages' maps on the finest grid as one float32 map (B, ΣC_l, H_0, W_0); float64 stays."""
+    finest = stages[0]
+    maps = [finest]
+    for stage in stages[1:]:
+        wide = F.interpolate(_wide(stage), size=finest.shape[2:], mode="bilinear", align_corners=False)
+        maps.append(wide.to(stage.dtype))
+    return _wide(torch.cat(maps, dim=1))
+
+
+def object_vectors(joined: Tensor, boxes: Tensor, spatial_scale: float, dtype: torch.dtype) -> Tensor:
+    """One picture's map (1, ΣC_l, H_0, W_0) and boxes (K, 4) to vectors (K, ΣC_l)."""
+    from torchvision.ops import roi_align
+
+    regions = roi_align(joined, [boxes.to(joined.dtype)], BINS, spatial_scale=spatial_scale)
+    return regions.to(dtype).mean(dim=(2, 3))
+
+
+def pooled_roi_align(
+    stages: Sequence[Tensor], boxes: Sequence[Tensor], spatial_scale: float
+) -> tuple[Tensor, ...]:
+    """The object branch without its projector, picture after picture."""
+    joined = joined_stages(stages)
+    vectors = [
+        object_vectors(joined[index : index + 1], own, spatial_scale, stages[0].dtype)
+        for index, own in enumerate(boxes)
+    ]
+    return (torch.cat(vectors),)
+
+
+def conv_gate(low_res: Tensor, high_res: Tensor, fusion: ConvGateFusion) -> tuple[Tensor]:
+    """Conv-Gate fusion, layer after layer (variant `gate_sum`)."""
+    low_map = low_res.transpose(1, 2).reshape(*low_res.shape[::2], *high_res.shape[2:])
+    high_map = fusion.high_res_proj(F.gelu(fusion.high_res_conv(high_res)))
+    low_map = low_map + fusion.low_res_proj(F.gelu(fusion.low_res_conv(low_map)))
+    high = high_map.flatten(2).transpose(1, 2)
+    low = low_map.flatten(2).transpose(1, 2)
+    hidden = F.gelu(fusion.gate_in(torch.cat([low, high], dim=-1).mean(dim=1)))
+    return (low + torch.tanh(fusion.gate_out(hidden)).unsqueeze(1) * high,)
+
+
+def projector(module: Projector, x: Tensor) -> Tensor:
+    """Linear, GELU, Linear."""
+    return module.linear_2(F.gelu(module.linear_1(x)))
+
+
+def neck(
+    low_res: Tensor,
+    stages: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    fusion: ConvGateFusion,
+    image_projector: Projector,
+    object_projector: Projector,
+    spatial_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The whole neck: image tokens (B, N, T), object tokens (ΣK, T)."""
+    joined = joined_stages(stages)
+    (fused,) = conv_gate(low_res, stages[-1], fusion)
+    image_tokens = projector(image_projector, fused)
+    object_tokens = [
+        projector(
+            object_projector,
+            object_vectors(joined[index : index + 1], own, spatial_scale, low_res.dtype),
+        )
+        for index, own in enumerate(boxes)
+    ]
+    return image_tokens, torch.cat(object_tokens)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def extra_pooled_roi_align(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
+    """The joined map in the model's dtype and in float32, one picture's bins in both; their gradients."""
+    shapes = stage_shapes(sizes)
+    channels = sum(shape[1] for shape in shapes)
+    wide = max(4, dtype.itemsize)
+    element = wide if dtype.itemsize == wide else wide + dtype.itemsize
+    joined = sizes["images"] * channels * math.prod(shapes[0][2:]) * element
+    # Upsampled stages and their concatenation exist at once.
+    upsampled = joined * 15 // 16
+    bins = sizes["boxes"] * channels * BINS**2 * element
+    if mode == "forward":
+        return max(joined + upsampled, joined + bins)
+    return 2 * joined + 2 * bins
+
+
+def extra_conv_gate(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
+    """A dozen maps of tokens; a backward pass keeps them and makes as many gradients."""
+    tokens = sizes["images"] * tokens_of(sizes)
+    width = stage_shapes(sizes)[-1][1] + token_width(sizes)
+    return (4 if mode == "forward" else 10) * tokens * width * dtype.itemsize
+
+
+def extra_projectors(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
+    """Three maps of the language model's width; their gradients and those of the weights."""
+    tokens = sizes["images"] * (tokens_of(sizes) + sizes["boxes"])
+    maps = 3 * tokens * model_width(sizes) * dtype.itemsize
+    if mode == "forward":
+        return maps
+    channels = sum(shape[1] for shape in stage_shapes(sizes))
+    weights = model_width(sizes) * (2 * model_width(sizes) + token_width(sizes) + channels)
+    return 2 * maps + weights * dtype.itemsize
+
+
+def extra_neck(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
+    """The sum of its parts."""
+    parts = (extra_pooled_roi_align, extra_conv_gate, extra_projectors)
+    return sum(part(sizes, dtype, mode) for part in parts)

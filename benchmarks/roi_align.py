@@ -1,0 +1,59 @@
+"""Plain RoIAlign against torchvision's."""
+
+import torch
+from torch import Tensor
+
+from benchmarks import roofline
+from benchmarks.benchmark import Benchmark, Inputs, Provider, package_providers
+from benchmarks.shapes import ROI_ALIGN, TINY_REGIONS, Sizes
+from mgllava_kernels import roi_align
+from mgllava_kernels._workloads import LEVEL_PICTURE, level_boxes, random_boxes
+
+
+def _inputs(sizes: Sizes, generator: torch.Generator) -> Inputs:
+    draw = random_boxes if sizes["large"] else level_boxes
+    shape = [sizes[name] for name in ("images", "channels", "height", "width")]
+    return {
+        "maps": torch.randn(shape, generator=generator),
+        "boxes": draw(
+            sizes["images"], sizes["boxes"] // sizes["images"], *LEVEL_PICTURE, torch.device("cpu")
+        ),
+        "side": sizes["side"],
+        "spatial_scale": sizes["width"] / LEVEL_PICTURE[0],
+        "ratio": sizes["ratio"],
+        "aligned": bool(sizes["aligned"]),
+    }
+
+
+def _output_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+    return [(sizes["boxes"], sizes["channels"], sizes["side"], sizes["side"])]
+
+
+def _torchvision(
+    maps: Tensor, boxes: Tensor, side: int, spatial_scale: float, ratio: int, aligned: bool
+) -> tuple[Tensor]:
+    """In float32 for bfloat16, which torchvision's kernels do not take."""
+    from torchvision.ops import roi_align as theirs
+
+    values = maps.float() if maps.dtype == torch.bfloat16 else maps
+    result = theirs(values, boxes.to(values.dtype), side, spatial_scale, ratio, aligned)
+    return (result.to(maps.dtype),)
+
+
+def _package(
+    maps: Tensor, boxes: Tensor, side: int, spatial_scale: float, ratio: int, aligned: bool
+) -> tuple[Tensor]:
+    return (roi_align(maps, boxes, side, spatial_scale, ratio, aligned),)
+
+
+BENCHMARK = Benchmark(
+    name="roi_align",
+    cases=ROI_ALIGN,
+    tiny=TINY_REGIONS,
+    inputs=_inputs,
+    output_shapes=_output_shapes,
+    providers=(Provider("torchvision", _torchvision), *package_providers(_package)),
+    function=_package,
+    cost=roofline.roi_align,
+    dtypes=("bfloat16", "float32"),
+)
