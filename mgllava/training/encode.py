@@ -1,0 +1,136 @@
+"""A record becomes ids, labels and pictures, in the layout of the original training."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modeling_mgllava import IGNORE_INDEX
+from ..processing_mgllava import MGLlavaProcessor
+from .errors import BadRecord
+from .records import IMAGE_TOKEN, Record, read_image
+
+__all__ = ["EncodedText", "Encoder"]
+
+# A text this close to its limit keeps only the best box of each label (the original's rule).
+NEARLY_FULL = 50
+
+BAD_TEXT = "its text does not fit its picture"
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A conversation's ids, in which one id stands for the whole picture.
+
+    Attributes:
+        input_ids: at most as many as the text limit; the picture counts as one.
+        labels: the ids of answers and of what ends them, -100 elsewhere.
+        image_position: where the picture's id is; None for text alone, and where the limit cut the picture off.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    image_position: int | None
+
+    @property
+    def has_labels(self) -> bool:
+        return any(label != IGNORE_INDEX for label in self.labels)
+
+
+class Encoder:
+    """Turns records into samples.
+
+    Args:
+        processor: the model's, with the chat template of its training.
+        text_limit: tokens a conversation may have, its picture counting as one; what is beyond is cut off.
+            Object tokens come on top. The original's is 2048 less the image tokens.
+
+    Raises:
+        ValueError: fewer than one token.
+    """
+
+    def __init__(self, processor: MGLlavaProcessor, text_limit: int) -> None:
+        if text_limit < 1:
+            raise ValueError(f"text_limit is {text_limit}; expected at least 1")
+        self.processor = processor
+        self.text_limit = text_limit
+        # A processor that looks at no picture and puts one id in its place, as the original's tokenisation does.
+        self._text_processor = copy.copy(processor)
+        self._text_processor.image_processor = _no_pixels
+        self._text_processor.num_image_tokens = 1
+
+    def encode_text(self, record: Record) -> EncodedText:
+        """Ids and labels of a record, cut to the limit.
+
+        Raises:
+            BadRecord: its text and its picture do not fit together, or it cannot be tokenised.
+        """
+        expected = 0 if record.image is None else 1
+        pictures = sum(question.count(IMAGE_TOKEN) for question, _ in record.turns)
+        if pictures != expected:
+            raise BadRecord(
+                BAD_TEXT,
+                f"id {record.id} has {expected} pictures and {pictures} {IMAGE_TOKEN} in its questions",
+            )
+        messages = [
+            {"role": role, "content": text}
+            for turn in record.turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        try:
+            inputs = self._text_processor.apply_chat_template(
+                messages,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                processor_kwargs={"images": [record.id] * pictures or None},
+            )
+        except ValueError as error:
+            raise BadRecord(BAD_TEXT, f"id {record.id}: {error}") from error
+        ids = inputs["input_ids"][0][: self.text_limit]
+        mask = inputs["assistant_masks"][0][: self.text_limit]
+        labels = [token if learned else IGNORE_INDEX for token, learned in zip(ids, mask, strict=True)]
+        image_token_id = self.processor.image_token_id
+        return EncodedText(ids, labels, ids.index(image_token_id) if image_token_id in ids else None)
+
+    def __call__(self, record: Record) -> dict[str, Any]:
+        """A sample: `input_ids` and `labels`, lists of equal length, and for a picture also `pixel_values`
+        (1, 3, S_l, S_l), `pixel_values_high_res` (1, 3, S_h, S_h), both float32, and `boxes` (1, K, 4), int64.
+
+        Boxes are whole pixels; as integers they survive engines that cast floating-point inputs to half precision.
+
+        Raises:
+            BadRecord: as `encode_text`, or the picture cannot be read.
+        """
+        text = self.encode_text(record)
+        position = text.image_position
+        if position is None:
+            return {"input_ids": text.input_ids, "labels": text.labels}
+        pictures = self.processor.image_processor(
+            [read_image(record)],
+            [record.detections],
+            best_per_label=len(text.input_ids) >= self.text_limit - NEARLY_FULL,
+        )
+        num_boxes = int(pictures["num_boxes"][0])
+        tokens = [self.processor.image_token_id] * self.processor.num_image_tokens
+        tokens += [self.processor.object_token_id] * num_boxes
+        boxes: Tensor = pictures["boxes"]
+        return {
+            "input_ids": _replaced(text.input_ids, position, tokens),
+            "labels": _replaced(text.labels, position, [IGNORE_INDEX] * len(tokens)),
+            "pixel_values": pictures["pixel_values"],
+            "pixel_values_high_res": pictures["pixel_values_high_res"],
+            "boxes": boxes.round().long(),
+        }
+
+
+def _replaced(values: Sequence[int], position: int, replacement: list[int]) -> list[int]:
+    return [*values[:position], *replacement, *values[position + 1 :]]
+
+
+def _no_pixels(pictures: Sequence[Any], detections: Sequence[Any], **options: Any) -> dict[str, Tensor]:
+    """Stands in for an image processor: pictures without boxes."""
+    return {"num_boxes": torch.zeros(len(pictures), dtype=torch.long)}

@@ -1,0 +1,46 @@
+"""The folder that stage 2 leaves behind."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from ..configuration_mgllava import MGLlavaConfig
+from ..modeling_mgllava import MGLlavaForConditionalGeneration
+from ..processing_mgllava import MGLlavaProcessor
+from .neck import load_neck
+from .recipe import Recipe
+
+__all__ = ["write_model"]
+
+
+def write_model(recipe: Recipe, checkpoint: Path, folder: Path) -> None:
+    """Write a model that `from_pretrained` loads, in the recipe's precision; adapters are merged into it.
+
+    Args:
+        recipe: of the run.
+        checkpoint: its last one.
+        folder: what to write; what is there is replaced once the new one is complete.
+    """
+    dtype = getattr(torch, recipe.precision)
+    config = MGLlavaConfig.from_pretrained(recipe.model)
+    if recipe.lora is None:
+        model = MGLlavaForConditionalGeneration.from_pretrained(checkpoint, config=config, dtype=dtype)
+    else:
+        from peft import PeftModel
+
+        model = MGLlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=dtype)
+        load_neck(model, checkpoint)
+        model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+    model.generation_config = GenerationConfig.from_pretrained(recipe.model)
+    scratch = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        model.save_pretrained(scratch)
+        MGLlavaProcessor.from_pretrained(recipe.model).save_pretrained(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise

@@ -1,0 +1,224 @@
+"""A training run from its recipe to its result."""
+
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..chat import check_model_folder
+from ..modeling_mgllava import MGLlavaForConditionalGeneration
+from ..processing_mgllava import MGLlavaProcessor
+from .assemble import assemble_model
+from .collate import Collator
+from .encode import Encoder
+from .errors import DataError, RecipeError
+from .files import replace_file
+from .neck import NECK_FILE, load_neck, save_neck
+from .recipe import DataRecipe, Recipe, check_same_run, recipe_from_dict
+from .records import LlavaRecords, PythonRecords, RecordSource
+from .result import write_model
+from .samples import TrainingSamples
+from .sampling import TrainingOrder
+from .stages import add_adapters, choose_learners, keep_learners_in_float32
+from .trainer import MGLlavaTrainer
+
+__all__ = ["build_trainer", "open_source", "train"]
+
+logger = logging.get_logger(__name__)
+
+RECIPE_FILE = "recipe.json"
+RECORDS_FILE = "records.safetensors"
+MODEL_FOLDER = "model"
+TEXT_AND_IMAGE_TOKENS = 2048  # of the original; its text limit leaves the image tokens out
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe, or go on where an interrupted run of it stopped.
+
+    Launched by `accelerate launch` or `torchrun`, every process calls it. The order of the data, and with it the
+    result, does not depend on how many processes share the global batch, up to rounding.
+
+    Args:
+        recipe: what to run.
+
+    Returns:
+        The result: `neck.safetensors` of a stage 1, else a folder that `from_pretrained` loads; adapters are merged
+        into it, and lie in the last checkpoint as well.
+
+    Raises:
+        RecipeError, DataError: before any training, if recipe or data cannot be used; DataError also in training,
+            if more pictures turn out to be damaged than the recipe allows.
+        CheckpointError: a checkpoint cannot be read or written; what was written before is intact.
+    """
+    trainer = build_trainer(recipe)
+    output = Path(recipe.output)
+    last = get_last_checkpoint(output)
+    if last is not None:
+        logger.warning(f"going on from {last}")
+    trainer.train(resume_from_checkpoint=last)
+    return _write_result(trainer, recipe)
+
+
+def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
+    """Everything that is ready before the first step: model, data and trainer, all of it checked.
+
+    Raises:
+        RecipeError, DataError, CheckpointError: as `train`.
+    """
+    output = Path(recipe.output)
+    _check_output(recipe, output)
+    arguments = _training_arguments(recipe)
+    with arguments.main_process_first(desc="putting the model together"):
+        _assemble_if_missing(recipe)
+    processor = MGLlavaProcessor.from_pretrained(recipe.model)
+    text_limit = recipe.text_limit or TEXT_AND_IMAGE_TOKENS - processor.num_image_tokens
+    sources = [open_source(source) for source in recipe.data]
+    with arguments.main_process_first(desc="checking the records"):
+        samples = TrainingSamples(
+            sources,
+            Encoder(processor, text_limit),
+            max_bad_share=recipe.max_bad_share,
+            workers=recipe.workers,
+            cache=output / RECORDS_FILE,
+            progress=arguments.process_index == 0,
+        )
+    if arguments.process_index == 0:
+        for line in samples.report.lines():
+            logger.warning(line)
+        with replace_file(output / RECIPE_FILE) as scratch:
+            scratch.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+    model = _load_model(recipe, bool(arguments.deepspeed_plugin))
+    tokenizer = processor.tokenizer
+    padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return MGLlavaTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=Collator(next(token for token in padding if token is not None)),
+        order=TrainingOrder(
+            samples.lengths, recipe.global_batch, grouped=recipe.stage == 2, seed=recipe.seed
+        ),
+        keep_checkpoints=recipe.keep_checkpoints,
+        saves_model=recipe.stage == 2,
+        saves_neck=recipe.stage == 1 or recipe.lora is not None,
+    )
+
+
+def open_source(source: DataRecipe) -> RecordSource:
+    """The records a recipe names.
+
+    Raises:
+        RecipeError: `dataset` names nothing that can be imported or called with these arguments.
+        DataError: as `LlavaRecords`.
+    """
+    if source.records is not None:
+        return LlavaRecords(source.records, source.pictures, source.boxes)
+    module, _, name = source.dataset.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"data.dataset is {source.dataset}, which cannot be imported: {error}") from error
+    try:
+        dataset = build(**source.arguments)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"data.dataset {source.dataset} refuses {source.arguments}: {error}") from error
+    if not len(dataset):
+        raise DataError(f"data.dataset {source.dataset} with {source.arguments} is empty")
+    return PythonRecords(dataset, f"{source.dataset} {sorted(source.arguments.items())}")
+
+
+def _check_output(recipe: Recipe, output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"output is {output}, which is a file; expected a folder")
+    if (before := output / RECIPE_FILE).is_file():
+        check_same_run(recipe_from_dict(json.loads(before.read_text())), recipe, output)
+    elif output.is_dir() and any(output.glob("checkpoint-*")):
+        raise RecipeError(
+            f"output is {output}, which holds checkpoints of something else; choose another folder"
+        )
+
+
+def _training_arguments(recipe: Recipe) -> TrainingArguments:
+    names = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    # The older name is deprecated from transformers 5.23 on.
+    recompute = (
+        "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = recipe.accumulation(world_size)
+    if world_size == 1 and torch.cuda.device_count() > 1:
+        raise RecipeError(
+            f"one process was started on {torch.cuda.device_count()} GPUs; start one for each with "
+            "`accelerate launch -m mgllava train ...`, or choose a GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    return TrainingArguments(
+        output_dir=recipe.output,
+        per_device_train_batch_size=recipe.per_device_batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=recipe.learning_rate,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        lr_scheduler_type="cosine" if recipe.schedule == "cosine" else "constant_with_warmup",
+        warmup_steps=recipe.warmup_share,
+        bf16=recipe.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        ddp_find_unused_parameters=False,
+        logging_steps=recipe.log_every,
+        save_steps=recipe.save_every,
+        report_to=recipe.report_to or "none",
+        **{recompute: recipe.gradient_checkpointing, f"{recompute}_kwargs": {"use_reentrant": False}},
+    )
+
+
+def _assemble_if_missing(recipe: Recipe) -> None:
+    if recipe.parts is None:
+        check_model_folder(recipe.model)
+    elif not Path(recipe.model).exists():
+        assemble_model(recipe.parts, recipe.model, recipe.seed)
+
+
+def _load_model(recipe: Recipe, with_deepspeed: bool) -> torch.nn.Module:
+    options: Mapping[str, Any] = {}
+    if recipe.attn_implementation is not None:
+        options = {"attn_implementation": {"text_config": recipe.attn_implementation}}
+    dtype = getattr(torch, recipe.precision)
+    model = MGLlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=dtype, **options)
+    if recipe.neck is not None:
+        load_neck(model, recipe.neck)
+    choose_learners(model, recipe.stage)
+    if recipe.lora is not None:
+        model = add_adapters(model, recipe.lora)
+    if not with_deepspeed:  # which keeps float32 copies of its own
+        keep_learners_in_float32(model)
+    return model
+
+
+def _write_result(trainer: MGLlavaTrainer, recipe: Recipe) -> Path:
+    """Make the result of the last checkpoint, in one process."""
+    output = Path(recipe.output)
+    result = output / (NECK_FILE if recipe.stage == 1 else MODEL_FOLDER)
+    if trainer.args.should_save:
+        last = get_last_checkpoint(output)
+        if recipe.stage == 1:
+            save_neck(load_file(Path(last) / NECK_FILE), result)
+        else:
+            write_model(recipe, Path(last), result)
+    trainer.accelerator.wait_for_everyone()
+    return result

@@ -1,0 +1,135 @@
+"""transformers' Trainer, with this model's data order and checkpoints that are whole or not there."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from .errors import CheckpointError
+from .neck import NECK_FILE, load_neck, save_neck
+from .sampling import TrainingOrder
+
+__all__ = ["MGLlavaTrainer"]
+
+SCRATCH = ".incomplete"
+
+
+class MGLlavaTrainer(Trainer):
+    """A Trainer of MG-LLaVA.
+
+    Args:
+        order: the order of the data.
+        keep_checkpoints: how many checkpoints stay.
+        saves_model: whether checkpoints hold the model as `save_pretrained` writes it (stage 2, or its adapters).
+        saves_neck: whether they hold the neck in a file of its own (stage 1, adapters).
+        kwargs: as for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        order: TrainingOrder,
+        keep_checkpoints: int,
+        saves_model: bool,
+        saves_neck: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.order = order
+        self.keep_checkpoints = keep_checkpoints
+        self.saves_model = saves_model
+        self.saves_neck = saves_neck
+        self._is_saving = False
+        self._clock = _Clock()
+        self.add_callback(self._clock)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        return self.order
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = Path(self.args.output_dir)
+        return str(folder / SCRATCH if self._is_saving else folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside the others and give it its name when it is complete.
+
+        Raises:
+            CheckpointError: it cannot be written; the one before is intact.
+        """
+        folder = Path(self.args.output_dir)
+        scratch = folder / SCRATCH
+        if self.args.should_save:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed while it saved
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        # What a full disk raises depends on who was writing: torch.save, safetensors, or Python.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(scratch, ignore_errors=True)
+            last = get_last_checkpoint(folder)
+            intact = f"{last} is intact" if last else "there is none before it"
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.global_step} cannot be written: {error}; {intact}, and the "
+                "same command goes on from there"
+            ) from error
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for checkpoint in scratch.iterdir():
+                shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
+                checkpoint.rename(folder / checkpoint.name)
+            scratch.rmdir()
+            rotate_checkpoints(str(folder), save_total_limit=self.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self.saves_model:
+            super()._save(str(folder), state_dict)
+        if self.saves_neck and self.args.should_save:
+            save_neck(self.model.state_dict() if state_dict is None else state_dict, folder / NECK_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # FSDP writes the state of the whole model into checkpoints, in its own form.
+        if self.saves_model or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.saves_neck and not self.is_fsdp_enabled:
+            load_neck(self.model, resume_from_checkpoint)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            steps, seconds = self._clock.lap(self.state.global_step)
+            logs["samples_per_second"] = steps * self.order.global_batch / seconds
+            logs["memory_gib"] = _memory(self.args.device) / 2**30
+            logs["records_replaced"] = getattr(self.train_dataset, "replaced", 0)
+        super().log(logs, start_time)
+
+
+class _Clock(TrainerCallback):
+    """Steps and seconds between log lines."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step, self._time = state.global_step, time.perf_counter()
+
+    def lap(self, step: int) -> tuple[int, float]:
+        steps, seconds = step - self._step, time.perf_counter() - self._time
+        self._step, self._time = step, time.perf_counter()
+        return steps, seconds
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes: the most that the GPU held, or what this process holds now where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
