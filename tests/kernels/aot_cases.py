@@ -36,6 +36,7 @@ from mgllava_kernels._workloads import (
 from mgllava_kernels.aot import (
     DEFAULT_TARGETS,
     TARGETS,
+    Built,
     Job,
     compile_jobs,
     driver_for,
@@ -259,30 +260,38 @@ KEYS = {
 }
 
 
-def keys() -> dict:
-    """What `keys_of` finds, by target and op."""
-    return {
-        name: {op.name: keys_of(op, TARGETS[name]) for op in OPS if op.name in KEYS}
-        for name in ("sm_90", "gfx942")
-    }
-
-
-def keys_of(op: Op, target: launch.Target) -> dict:
-    """Compile calls ahead of time, in a process of its own; then make another, on tensors in memory."""
+def keys() -> list[dict]:
+    """Compile calls ahead of time, in other processes; then make others, on tensors in memory."""
     which = torch.bfloat16, "contiguous"
-    built = compile_jobs([Job(covered(op, target.name)[which], target, *which)], 1)
+    jobs = [
+        Job(covered(op, name)[which], TARGETS[name], *which)
+        for op in OPS
+        if op.name in KEYS
+        for name in ("sm_90", "gfx942")
+    ]
+    built = compile_jobs(jobs, PROCESSES)
+    return [launched(job, [one for one in built if is_of(one, job)]) for job in jobs]
+
+
+def is_of(one: Built, job: Job) -> bool:
+    return (one.op, one.target) == (job.op.name, job.target.name)
+
+
+def launched(job: Job, built: list[Built]) -> dict:
     before = files()
-    launched = set()
+    found = set()
 
     def warm(kernel, grid, args, options):
-        launched.add((kernel.fn.__name__, kernel.warmup(*args, grid=grid, **options).hash))
+        found.add((kernel.fn.__name__, kernel.warmup(*args, grid=grid, **options).hash))
 
-    with driver_for(target), launch.compile_only(target, warm):
-        op.call(KEYS[op.name](torch.device("cpu")))
+    with driver_for(job.target), launch.compile_only(job.target, warm):
+        job.op.call(KEYS[job.op.name](torch.device("cpu")))
         inside = triton.runtime.driver.active.get_current_target()
     return {
+        "op": job.op.name,
+        "target": job.target.name,
         "ahead": [(one.kernel, one.hash) for one in built],
-        "launched": sorted(launched),
+        "launched": sorted(found),
         "new": sorted(files() - before),
         "inside": [inside.backend, inside.arch, inside.warp_size],
         "restored": triton.runtime.driver._active is None,

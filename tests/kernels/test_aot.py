@@ -226,8 +226,9 @@ def test_dtypes_and_layouts_are_compiled(built, op, target):
 
 
 @pytest.fixture(scope="session")
-def keys(tmp_path_factory, cache) -> dict[str, dict[str, dict]]:
-    return compiled("keys", tmp_path_factory.mktemp("keys"), cache)
+def keys(tmp_path_factory, cache) -> dict[tuple[str, str], dict]:
+    results = compiled("keys", tmp_path_factory.mktemp("keys"), cache)
+    return {(result["op"], result["target"]): result for result in results}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_a_launch_finds_what_was_compiled_ahead(keys, op, target, inside):
 
     Holds Triton to what it is used for: `driver.set_active`, kernels kept by device, `warmup`.
     """
-    result = keys[target][op]
+    result = keys[op, target]
     ahead, launched = (set(map(tuple, result[which])) for which in ("ahead", "launched"))
     assert launched <= ahead
     assert len({kernel for kernel, _ in launched}) > 1
