@@ -56,3 +56,25 @@ def test_four_graphs_for_any_sequence_of_box_counts():
             compiled(low_res, stages, boxes, **arguments), vision_neck(low_res, stages, boxes, **arguments)
         )
     assert counter.frame_count <= 4
+
+
+@pytest.mark.parametrize("wrong", [None, [], torch.zeros(2, 5, 4, 4)])
+def test_stages_that_are_no_maps_are_named(wrong):
+    low_res, _ = features()
+    with pytest.raises(TypeError, match="stages must be a non-empty sequence of maps"):
+        vision_neck(low_res, wrong, random_boxes(3, 32, images=2), **parts(), spatial_scale=SCALE)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ConvGateFusion(0, 5), "low_res_dim must be at least 1, got 0"),
+        (lambda: ConvGateFusion(6, -5, "concat_raw"), "high_res_dim must be at least 1, got -5"),
+        (lambda: ConvGateFusion(6, 2.5), "high_res_dim must be an int, got float"),
+        (lambda: Projector(0, 8), "in_features must be at least 1, got 0"),
+        (lambda: Projector(6, True), "out_features must be an int, got bool"),
+    ],
+)
+def test_modules_name_a_width_that_is_none(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
