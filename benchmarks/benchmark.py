@@ -115,8 +115,10 @@ def make_problem(
         name: _converted(value, dtype if name not in NOT_DIFFERENTIATED else None, device)
         for name, value in benchmark.inputs(sizes, generator).items()
     }
+    # Their mean is one: the gate's gradient, a sum over a whole picture, would otherwise be mostly cancellation.
     grads = [
-        torch.randn(shape, generator=generator).to(device, dtype) for shape in benchmark.output_shapes(sizes)
+        (1 + torch.randn(shape, generator=generator)).to(device, dtype)
+        for shape in benchmark.output_shapes(sizes)
     ]
     problem = Problem(inputs, grads)
     for leaf in problem.leaves:

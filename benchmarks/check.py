@@ -6,11 +6,11 @@ from torch import Tensor
 from benchmarks.benchmark import Benchmark, Function, Problem, make_call, on_backend
 from benchmarks.shapes import Sizes
 
-# Of ‖actual − expected‖ / ‖expected‖, the largest over all results, without and with gradients. Twice to ten times
-# what the original composition itself errs by.
+# Of ‖actual − expected‖ / ‖expected‖, the largest over all results, without and with gradients: some times what the
+# original compositions err by (float32 coordinates alone make torchvision's RoIAlign err by 1.1e-5).
 TOLERANCES = {
-    torch.float32: (1e-5, 1e-4),
-    torch.float16: (5e-3, 3e-2),
+    torch.float32: (5e-5, 3e-4),
+    torch.float16: (5e-3, 5e-2),
     torch.bfloat16: (3e-2, 2e-1),
 }
 # The literal composition in float64 is the reference where it needs no more than this, in bytes.
@@ -69,8 +69,8 @@ def relative_error(actual: list[Tensor], reference: list[Tensor]) -> float:
     for one, other in zip(actual, reference, strict=True):
         if one.shape != other.shape:
             return float("nan")
-        scale = other.norm().item() or 1.0
-        errors.append((one.double() - other).norm().item() / scale)
+        scale = other.detach().norm().item() or 1.0
+        errors.append((one.detach().double() - other.detach()).norm().item() / scale)
     return float("nan") if any(error != error for error in errors) else max(errors, default=0.0)
 
 

@@ -32,10 +32,10 @@ def _output_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
 def _torchvision(
     maps: Tensor, boxes: Tensor, side: int, spatial_scale: float, ratio: int, aligned: bool
 ) -> tuple[Tensor]:
-    """In float32 for bfloat16, which torchvision's kernels do not take."""
+    """In float32 throughout, as under autocast: no bfloat16 kernel, and boxes in float16 miss their pixels."""
     from torchvision.ops import roi_align as theirs
 
-    values = maps.float() if maps.dtype == torch.bfloat16 else maps
+    values = maps if maps.dtype == torch.float64 else maps.float()
     result = theirs(values, boxes.to(values.dtype), side, spatial_scale, ratio, aligned)
     return (result.to(maps.dtype),)
 

@@ -1,0 +1,278 @@
+"""Every benchmark's providers compute the same thing, and one that does not is never timed."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import __main__ as command
+from benchmarks import check, memory, original, roofline, runner
+from benchmarks.benchmark import Provider, make_call, make_problem
+from benchmarks.registry import BENCHMARKS
+from benchmarks.shapes import ALL_MODES, Case
+
+CPU = torch.device("cpu")
+NAMES = list(BENCHMARKS)
+
+
+def provider_of(name: str, provider: str) -> Provider:
+    return next(one for one in BENCHMARKS[name].providers if one.name == provider)
+
+
+def runs_here(provider: Provider, mode: str, dtype: str) -> bool:
+    return provider.gpu_only is None and not provider.needs_gpu and mode in provider.modes
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_provider_computes_the_op(name, mode):
+    benchmark = BENCHMARKS[name]
+    problem = make_problem(benchmark, benchmark.tiny, torch.float32, CPU)
+    reference, source = check.expected(benchmark, benchmark.tiny, problem, mode)
+    assert source == "literal composition in float64"
+    checked = [one for one in benchmark.providers if runs_here(one, mode, "float32")]
+    assert {one.name for one in checked} >= {benchmark.providers[0].name, "torch"}
+    for one in checked:
+        assert check.check(one.function, problem, mode, reference) < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_stays_within_the_tolerance(name, dtype):
+    benchmark = BENCHMARKS[name]
+    problem = make_problem(benchmark, benchmark.tiny, dtype, CPU)
+    for mode in ("forward", "both"):
+        reference, _ = check.expected(benchmark, benchmark.tiny, problem, mode)
+        for one in benchmark.providers:
+            if runs_here(one, mode, str(dtype)):
+                check.check(one.function, problem, mode, reference)
+
+
+def test_cublas_calls_compute_the_projectors():
+    benchmark = BENCHMARKS["projectors"]
+    problem = make_problem(benchmark, benchmark.tiny, torch.float16, CPU)
+    reference, _ = check.expected(benchmark, benchmark.tiny, problem, "forward")
+    for name in ("cuBLAS bias", "cuBLAS bias and GELU"):
+        check.check(provider_of("projectors", name).function, problem, "forward", reference)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_output_shapes_are_those_of_the_results(name):
+    benchmark = BENCHMARKS[name]
+    problem = make_problem(benchmark, benchmark.tiny, torch.float32, CPU)
+    results = make_call(benchmark.function, problem, "forward")()
+    assert [tuple(one.shape) for one in results] == benchmark.output_shapes(benchmark.tiny)
+    gradients = make_call(benchmark.function, problem, "backward")()
+    assert [one.shape for one in gradients] == [leaf.shape for leaf in problem.leaves]
+    assert "boxes" not in problem.inputs or not any(
+        leaf is boxes for leaf in problem.leaves for boxes in problem.inputs["boxes"]
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_cases_are_distinct_and_some_are_quick(name):
+    cases = BENCHMARKS[name].cases
+    assert len({case.name for case in cases}) == len(cases)
+    assert any(case.quick and not case.gpu_only for case in cases)
+
+
+def test_published_sizes_are_those_of_the_paper():
+    cases = {case.name: case for case in BENCHMARKS["neck"].cases}
+    shapes = original.stage_shapes(cases["1 picture, 100 boxes"].sizes)
+    assert shapes == [(1, 192, 192, 192), (1, 384, 96, 96), (1, 768, 48, 48), (1, 1536, 24, 24)]
+
+
+def test_the_original_at_a_thousand_boxes_is_refused_by_estimate():
+    benchmark = BENCHMARKS["neck"]
+    case = next(case for case in benchmark.cases if case.name == "1 picture, 1,000 boxes")
+    reason = memory.refusal(provider_of("neck", "original"), case.sizes, torch.float32, "forward", 24 << 30)
+    assert reason is not None
+    assert "37 GB" in reason
+    assert "26 GB" in reason
+    assert memory.refusal(provider_of("neck", "torch"), case.sizes, torch.float32, "forward", 1) is None
+    assert (
+        memory.refusal(provider_of("neck", "original"), case.sizes, torch.float32, "forward", 80 << 30)
+        is None
+    )
+
+
+def test_errors_are_relative_to_each_result():
+    large, small = torch.full((4,), 1e6, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    assert check.relative_error([large, small], [large, small]) == 0
+    assert check.relative_error([large, small * 1.5], [large, small]) == pytest.approx(0.5)
+    assert check.relative_error([large, small[:3]], [large, small]) != 0
+    assert check.relative_error([torch.zeros(2)], [torch.zeros(2).double()]) == 0
+    broken = check.relative_error([torch.tensor([float("nan")]), small], [small[:1], small])
+    assert broken != broken
+
+
+def shrink(monkeypatch, *names: str) -> None:
+    """Let these benchmarks have one tiny case."""
+    for name in names:
+        case = Case("tiny", BENCHMARKS[name].tiny, "a test", quick=True)
+        monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(BENCHMARKS[name], cases=(case,)))
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the command line on tiny cases; returns the result and the rows by provider."""
+
+    def invoke(*arguments: str, op: str = "pooled_roi_align"):
+        shrink(monkeypatch, op)
+        options = ["--op", op, "--mode", "forward", "--budget", "0", "--results", str(tmp_path), *arguments]
+        result = CliRunner().invoke(command.app, [*options, "--device", "cpu"])
+        path = tmp_path / f"{op}.cpu.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return result, {row["provider"]: row for row in map(json.loads, lines)}
+
+    ceilings = roofline.Ceilings("a CPU", 1e10, {"float32": 1e11}, "a test")
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda *arguments: ceilings)
+    monkeypatch.setattr(memory, "apart", lambda *arguments: 1000)
+    return invoke
+
+
+def test_a_run_times_what_is_right_and_says_why_the_rest_has_no_times(run):
+    result, rows = run()
+    assert result.exit_code == 0, result.output
+    assert set(rows) == {one.name for one in BENCHMARKS["pooled_roi_align"].providers}
+    for name in ("original", "torch"):
+        assert rows[name]["milliseconds"]["median"] > 0
+        assert rows[name]["samples"] >= 3
+        assert rows[name]["extra_bytes"] == 1000
+        assert rows[name]["error"] < 1e-5
+        assert rows[name]["reference"] == "literal composition in float64"
+        assert rows[name]["share"] == pytest.approx(
+            rows[name]["floor_ms"] / rows[name]["milliseconds"]["median"]
+        )
+        assert rows[name]["reason"] is None
+    assert rows["original"]["run"] == rows["torch"]["run"]
+    assert "needs a GPU" in rows["triton"]["reason"]
+    assert "--provider" in rows["original compiled"]["reason"]
+    assert rows["triton"]["milliseconds"] is None
+
+
+def test_a_broken_kernel_is_not_timed_and_fails_the_run(run, monkeypatch):
+    from mgllava_kernels._torch import roi_align
+
+    right = roi_align.pooled_roi_align
+    monkeypatch.setattr(roi_align, "pooled_roi_align", lambda *arguments: right(*arguments) * 1.0001)
+    result, rows = run()
+    assert result.exit_code == 1
+    assert "pooled_roi_align, tiny, float32, forward, torch: wrong: relative error 1.0e-04" in result.output
+    assert rows["torch"]["wrong"]
+    assert rows["torch"]["milliseconds"] is None
+    assert rows["torch"]["error"] == pytest.approx(1e-4, rel=0.1)
+    assert rows["original"]["milliseconds"] is not None
+
+
+def test_a_wrong_row_is_measured_again(run, monkeypatch):
+    from mgllava_kernels._torch import roi_align
+
+    with monkeypatch.context() as patch:
+        right = roi_align.pooled_roi_align
+        patch.setattr(roi_align, "pooled_roi_align", lambda *arguments: right(*arguments) * 2)
+        assert run()[1]["torch"]["wrong"]
+    result, rows = run()
+    assert result.exit_code == 0
+    assert rows["torch"]["milliseconds"] is not None
+
+
+def test_a_broken_gradient_is_not_timed(run, monkeypatch):
+    from mgllava_kernels._torch import conv_gate
+
+    right = conv_gate.conv_gate_fusion_backward
+
+    def broken(*arguments):
+        gradients = right(*arguments)
+        return [gradients[0] * 1.01, *gradients[1:]]
+
+    monkeypatch.setattr(conv_gate, "conv_gate_fusion_backward", broken)
+    result, rows = run("--mode", "both", op="conv_gate")
+    assert result.exit_code == 1
+    assert rows["torch"]["wrong"]
+    assert rows["torch"]["milliseconds"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is used where there is no GPU")
+def test_a_broken_triton_kernel_is_found_in_the_interpreter(monkeypatch):
+    from mgllava_kernels._triton import pooled_roi_align
+
+    benchmark = BENCHMARKS["pooled_roi_align"]
+    problem = make_problem(benchmark, benchmark.tiny, torch.float32, CPU)
+    reference, _ = check.expected(benchmark, benchmark.tiny, problem, "forward")
+    triton = provider_of("pooled_roi_align", "triton").function
+    assert check.check(triton, problem, "forward", reference) < 1e-5
+    right = pooled_roi_align.pooled_roi_align
+    monkeypatch.setattr(pooled_roi_align, "pooled_roi_align", lambda *arguments: right(*arguments) * 1.0001)
+    with pytest.raises(check.WrongResult, match="relative error 1.0e-04"):
+        check.check(triton, problem, "forward", reference)
+
+
+def test_a_path_that_raises_is_a_row_and_fails_the_run(run, monkeypatch):
+    from mgllava_kernels._torch import roi_align
+
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("no memory\nand a long story")
+
+    monkeypatch.setattr(roi_align, "pooled_roi_align", out_of_memory)
+    result, rows = run()
+    assert result.exit_code == 1
+    assert rows["torch"]["reason"] == "failed: OutOfMemoryError: no memory"
+    assert rows["torch"]["milliseconds"] is None
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(run, monkeypatch):
+    measured = []
+    right = runner.Runner.measure
+
+    def measure(self, job):
+        measured.append(job.mode)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return right(self, job)
+
+    monkeypatch.setattr(runner.Runner, "measure", measure)
+    run("--mode", "backward")
+    assert measured == ["forward", "backward"]
+    result, _ = run("--mode", "backward")
+    assert result.exit_code == 0, result.output
+    assert measured == ["forward", "backward", "backward"]
+    result, _ = run("--mode", "backward")
+    assert "0 measurements" in result.output
+    assert len(measured) == 3
+    run("--mode", "backward", "--fresh")
+    assert len(measured) == 5
+
+
+def test_other_versions_of_the_code_are_measured_anew(run, monkeypatch):
+    monkeypatch.setattr(runner, "current_commit", lambda: "abc")
+    run()
+    monkeypatch.setattr(runner, "current_commit", lambda: "def")
+    result, rows = run()
+    assert "1 measurements" in result.output
+    assert rows["torch"]["commit"] == "def"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "nothing"], "--op must be one of neck"),
+        (["--dtype", "int8"], "--dtype must be one of"),
+        (["--provider", "nothing"], "--provider must be one of original"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda; got 'tpu'"),
+        (["--case", "no such case"], "no case fits these options"),
+        (["roofline", "--device", "TPU"], "--device must be one of H100, H200, A100; got 'TPU'"),
+    ],
+)
+def test_a_bad_option_is_named(arguments, message):
+    result = CliRunner().invoke(command.app, arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_the_help_tells_what_to_run():
+    output = CliRunner().invoke(command.app, ["--help"]).output
+    for line in ("python -m benchmarks --quick", "roofline --device H200", "benchmarks/test_cpu.py"):
+        assert line in output

@@ -1,0 +1,87 @@
+"""The rows of benchmarks/results: their format, and files that are never half written."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import rows
+from benchmarks.rows import Row
+
+ROW = Row(
+    op="neck",
+    kind="cpu",
+    device="a CPU, 2 threads",
+    case="1 picture",
+    shape={"images": 1},
+    dtype="float32",
+    mode="forward",
+    provider="torch",
+    launch="eager",
+    versions={"torch": "2"},
+    commit="abc",
+    run="2026-01-01T00:00:00+00:00",
+    origin="a test",
+    milliseconds={"median": 1.5},
+    samples=3,
+)
+
+
+def changed(**values) -> Row:
+    return dataclasses.replace(ROW, **values)
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    written = [ROW, changed(provider="original", milliseconds=None, reason="µ: no memory")]
+    rows.write(path, written)
+    assert rows.read(path) == written
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_missing_file_has_no_rows(tmp_path):
+    assert rows.read(tmp_path / "none.jsonl") == []
+
+
+def test_rows_go_to_one_file_per_op_and_kind_of_device(tmp_path):
+    rows.add([ROW, changed(op="roi_align"), changed(kind="NVIDIA H100 80GB HBM3")], tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["neck.NVIDIA_H100_80GB_HBM3.jsonl", "neck.cpu.jsonl", "roi_align.cpu.jsonl"]
+    assert len(rows.read_all(tmp_path)) == 3
+
+
+def test_a_rerun_replaces_the_row_of_the_same_key_and_no_other(tmp_path):
+    others = [
+        changed(mode="backward"),
+        changed(provider="original"),
+        changed(dtype="float16"),
+        changed(launch="graph"),
+        changed(versions={"torch": "3"}),
+        changed(device="another CPU"),
+        changed(shape={"images": 2}),
+    ]
+    rows.add([ROW, *others], tmp_path)
+    again = changed(commit="def", milliseconds={"median": 2.5})
+    rows.add([again], tmp_path)
+    assert rows.read_all(tmp_path) == [*others, again]
+
+
+def test_an_interrupted_write_leaves_the_old_rows(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    rows.write(path, [ROW])
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rows.write(path, [])
+    assert rows.read(path) == [ROW]
+
+
+@pytest.mark.parametrize("line", ["{", '{"op": "neck"}', '{"unknown": 1}'])
+def test_a_line_of_another_format_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    rows.write(path, [ROW])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl:2 is no row"):
+        rows.read(path)

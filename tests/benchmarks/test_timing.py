@@ -1,0 +1,166 @@
+"""How times are taken: rounds on a CPU, and on a GPU what a fake one can show."""
+
+import pytest
+
+from benchmarks import timing
+
+
+class Clock:
+    """Seconds that pass only in calls."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, name: str, seconds: float):
+        def run() -> None:
+            self.calls.append(name)
+            self.now += seconds
+
+        return run
+
+
+def test_calls_take_turns_and_every_other_round_goes_backwards():
+    clock = Clock()
+    calls = {"slow": clock.call("slow", 2.0), "fast": clock.call("fast", 0.5)}
+    seconds = timing.in_rounds(calls, budget=9.0, clock=clock)
+    assert clock.calls == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
+    assert seconds == {"slow": [2.0] * 4, "fast": [0.5] * 4}
+
+
+def test_a_call_longer_than_the_budget_still_gets_the_smallest_number_of_rounds():
+    clock = Clock()
+    seconds = timing.in_rounds({"slow": clock.call("slow", 60.0)}, budget=1.0, clock=clock)
+    assert len(seconds["slow"]) == timing.MIN_ROUNDS
+
+
+def test_a_short_call_gets_a_bounded_number_of_rounds():
+    clock = Clock()
+    seconds = timing.in_rounds({"fast": clock.call("fast", 1e-6)}, budget=1e9, clock=clock)
+    assert len(seconds["fast"]) == timing.MAX_ROUNDS
+
+
+def test_quantiles_are_milliseconds():
+    found = timing.quantiles([0.003, 0.001, 0.002, 0.004, 0.005, 0.006])
+    expected = {"min": 1.0, "p20": 2.0, "median": 3.5, "p80": 5.0, "max": 6.0}
+    assert found == pytest.approx(expected)
+    assert timing.quantiles([0.002]) == pytest.approx(dict.fromkeys(expected, 2.0))
+
+
+@pytest.mark.parametrize(("nbytes", "sets"), [(1, 64), (25 << 20, 5), (50 << 20, 3), (1 << 30, 2)])
+def test_sets_of_inputs_exceed_the_cache_twice(nbytes, sets):
+    assert timing.number_of_sets(nbytes, cache=50 << 20) == sets
+
+
+class FakeCuda:
+    """`torch.cuda` with a clock instead of a GPU: calls take time when they run, graphs when they replay."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.captured: list[float] | None = None
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = fake.clock.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: "Event") -> float:
+                return (end.at - self.at) * 1e3
+
+        class Graph:
+            def replay(self) -> None:
+                fake.clock.calls.append("replay")
+                fake.clock.now += self.seconds
+
+            def reset(self) -> None:
+                pass
+
+        class Stream:
+            def wait_stream(self, other) -> None:
+                pass
+
+        class Using:
+            def __init__(self, stream) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, *error) -> None:
+                pass
+
+        class Capture(Using):
+            def __init__(self, graph, stream) -> None:
+                self.graph = graph
+
+            def __enter__(self) -> None:
+                self.before = fake.clock.now
+
+            def __exit__(self, *error) -> None:
+                self.graph.seconds = fake.clock.now - self.before
+
+        self.Event, self.CUDAGraph, self.Stream = Event, Graph, Stream
+        self.stream, self.graph = Using, Capture
+
+    def current_stream(self):
+        return self.Stream()
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing.torch, "cuda", FakeCuda(clock))
+    return clock
+
+
+def test_launched_calls_go_round_the_sets_of_inputs(clock):
+    calls = [clock.call(name, 0.001) for name in "abc"]
+    seconds = timing.launched(calls, budget=10.0)
+    assert seconds == pytest.approx([0.001] * 200)  # 200 ms of calls
+    assert "".join(clock.calls[-200:]) == ("abc" * 70)[:200]
+
+
+def test_launched_calls_keep_to_the_budget(clock):
+    assert len(timing.launched([clock.call("a", 0.5)], budget=2.0)) == 4
+    assert len(timing.launched([clock.call("a", 60.0)], budget=2.0)) == timing.MIN_ROUNDS
+
+
+def test_a_replayed_graph_counts_each_call_once(clock):
+    calls = [clock.call(name, 2**-14) for name in "abcd"]
+    seconds = timing.replayed(lambda: calls, budget=10.0)
+    assert seconds == pytest.approx([2**-14] * timing.SAMPLES)
+    # A sample lasts at least a millisecond: 5 replays of 244 microseconds.
+    assert clock.calls.count("replay") == 2 + 5 * timing.SAMPLES
+
+
+def test_what_is_replayed_is_made_on_the_stream_that_is_captured(clock, monkeypatch):
+    entered = []
+    using = timing.torch.cuda.stream
+
+    class Watching(using):
+        def __enter__(self) -> None:
+            entered.append("enter")
+
+        def __exit__(self, *error) -> None:
+            entered.append("exit")
+
+    monkeypatch.setattr(timing.torch.cuda, "stream", Watching)
+
+    def make_calls():
+        entered.append("made")
+        return [clock.call("a", 0.001)]
+
+    timing.replayed(make_calls, budget=0.1)
+    assert entered == ["enter", "made", "exit"]
