@@ -124,6 +124,8 @@ class TrainingSamples(Dataset):
         return self._replaced.value - self.report.bad.total()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index is {index}; there are {len(self)} samples")
         for step in range(len(self)):
             number = int(self._kept[(index + step) % len(self)])
             try:
