@@ -61,8 +61,8 @@ def conv_gate_fusion(
 
     Returns:
         (B, N, D) for `gate_sum`, (B, N, 2D) for `gate_concat` and `concat_projected`, (B, N, D + C) for
-        `concat_raw`; in the dtype of `low_res`, or the autocast dtype inside an autocast region. Means and
-        the gate are computed in float32, or float64 for float64 inputs.
+        `concat_raw`; in the dtype of `low_res`, or inside an autocast region in its dtype, unless float64.
+        Means and the gate are computed in float32, or float64 for float64 inputs.
 
     Raises:
         TypeError, ValueError: a parameter missing or superfluous, of the wrong type, shape, dtype or device;
@@ -108,7 +108,7 @@ def depthwise_conv_gelu(tokens: Tensor, weight: Tensor, bias: Tensor, *, height:
         height, width: the grid.
 
     Returns:
-        (B, height·width, D) in the dtype of `tokens`, or the autocast dtype inside an autocast region.
+        (B, height·width, D) in the dtype of `tokens`, or inside an autocast region in its dtype, unless float64.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
