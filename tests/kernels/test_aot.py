@@ -102,27 +102,21 @@ READERS = {
     "depthwise_conv_gelu": ("_convolution_kernel",),
     "depthwise_conv_gelu_backward": ("_transposed_convolution_kernel", "_weight_gradient_kernel"),
 }
+# Ops whose kernels that multiply matrices are made of `matmul.add_product`, and the names of some of these.
 PROJECTIONS = dict.fromkeys(
-    (
-        "grouped_mlp_projector",
-        "grouped_mlp_projector_backward",
-        "linear_gelu",
-        "linear_gelu_backward",
-    ),
+    ("grouped_mlp_projector", "grouped_mlp_projector_backward", "linear_gelu", "linear_gelu_backward"),
     ("_product_kernel",),
 )
-# The kernels of an op that are made of `matmul.add_product`, and all that multiply matrices.
 LAYERS = {
     **PROJECTIONS,
     "conv_gate_fusion": ("_product_kernel", "_dual_product_kernel"),
-    "conv_gate_fusion_backward": ("_product_kernel", "_weight_product_kernel"),
+    "conv_gate_fusion_backward": ("_product_kernel",),
 }
 MULTIPLIERS = {
     "pooled_roi_align": ("_product_kernel",),
     "pooled_roi_align_backward": ("_transposed_product_kernel",),
     "roi_align": ("_roi_align_kernel",),
     "roi_align_backward": ("_roi_align_backward_kernel",),
-    **LAYERS,
 }
 UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 ELEMENTS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -132,6 +126,15 @@ def variants(built: list[dict], op: Op, target: str, kernel: str) -> list[dict]:
     """All of one kernel of `op`, which must be there in every dtype and layout that is compiled."""
     found = [one for one in of(built, op, target) if one["kernel"] == kernel]
     assert {(one["dtype"], one["layout"]) for one in found} == expected(op, target)
+    return found
+
+
+def layers(built: list[dict], op: Op, target: str) -> list[dict]:
+    """All kernels of `op` that are made of `matmul.add_product`, in every dtype and layout that is compiled."""
+    found = [one for one in of(built, op, target) if "USE_DESCRIPTORS" in one["options"]]
+    for name in LAYERS[op.name]:
+        there = {(one["dtype"], one["layout"]) for one in found if one["kernel"] == name}
+        assert there == expected(op, target), name
     return found
 
 
@@ -188,28 +191,37 @@ def test_maps_are_read_sixteen_bytes_at_a_time(built, op, kernel, target):
 @each_target
 @each_kernel(MULTIPLIERS)
 def test_products_are_those_of_the_targets_matrix_units(built, op, kernel, target):
-    """Linear layers in float32 are IEEE unless the user allows tf32, and NVIDIA's matrix units are not."""
     for one in variants(built, op, target, kernel):
-        ieee = op.name in LAYERS and one["dtype"] == "float32" and UNITS[target] != "v_mfma"
+        assert one["instructions"]["matrix"].keys() == {UNITS[target]}, described(one)
+
+
+each_layer = pytest.mark.parametrize("op", [op for op in OPS if op.name in LAYERS], ids=lambda op: op.name)
+
+
+@each_target
+@each_layer
+def test_layers_use_the_targets_matrix_units(built, op, target):
+    """In float32 they are IEEE unless the user allows tf32, and NVIDIA's matrix units are not."""
+    for one in layers(built, op, target):
+        ieee = one["dtype"] == "float32" and UNITS[target] != "v_mfma"
         assert one["instructions"]["matrix"].keys() == (set() if ieee else {UNITS[target]}), described(one)
 
 
 @each_target
-@each_kernel(LAYERS)
-def test_layers_read_whole_tiles_or_sixteen_bytes_at_a_time(built, op, kernel, target):
+@each_layer
+def test_layers_read_whole_tiles_or_sixteen_bytes_at_a_time(built, op, target):
     """Through tensor descriptors where a config asks for them; these leave no loads in the product."""
-    for one in variants(built, op, target, kernel):
+    for one in layers(built, op, target):
         operands = [read for read in one["reads"] if read["place"].startswith("matmul.py")]
-        products = 2 if kernel == "_dual_product_kernel" else 1
-        assert len(operands) == (0 if one["options"]["USE_DESCRIPTORS"] else 2 * products), described(one)
+        assert bool(operands) != one["options"]["USE_DESCRIPTORS"], described(one)
         for read in operands:
             assert_wide(one, read)
 
 
 @each_target
-@each_kernel(PROJECTIONS)
-def test_projections_use_descriptors_where_there_are_some(built, op, kernel, target):
-    for one in variants(built, op, target, kernel):
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in PROJECTIONS], ids=lambda op: op.name)
+def test_projections_use_descriptors_where_there_are_some(built, op, target):
+    for one in layers(built, op, target):
         assert one["options"]["USE_DESCRIPTORS"] == (TARGETS[target].capability >= 90)
 
 
