@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -96,6 +96,7 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
             logger.warning(line)
         with replace_file(output / RECIPE_FILE) as scratch:
             scratch.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+    set_seed(recipe.seed)  # of adapters
     model = _load_model(recipe, bool(arguments.deepspeed_plugin))
     tokenizer = processor.tokenizer
     padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

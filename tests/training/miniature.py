@@ -1,6 +1,9 @@
 """A miniature model folder, data for it and recipes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +107,30 @@ def tiny_recipe(model: Path, data: dict[str, str], output: Path, **changes: Any)
         "log_every": 1,
     }
     return recipe_from_dict({**values, **changes})
+
+
+def losses_of(output: Path) -> list[float]:
+    """The loss of every step, as the last checkpoint of a run remembers it."""
+    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def run_in_process(recipe: Recipe, *arguments: str, processes: int = 1, check: bool = True) -> int:
+    """Run a recipe in processes of its own; returns the exit status."""
+    path = Path(recipe.output).with_suffix(".json")
+    path.write_text(json.dumps(recipe.to_dict()))
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    folders = [str(Path(__file__).parents[folder]) for folder in (2, 0)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(Path(__file__).with_name("run_recipe.py")), str(path), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done.returncode

@@ -1,0 +1,45 @@
+"""A process of its own for a recipe: `python run_recipe.py RECIPE.json [KILLED_AT]`.
+
+KILLED_AT kills the process without warning: `step 3` in the middle of step 3, `save 4` in the middle of writing the
+checkpoint of step 4.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import torch
+
+from mgllava.training.recipe import recipe_from_dict
+from mgllava.training.run import train
+from mgllava.training.trainer import MGLlavaTrainer
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledTrainer(MGLlavaTrainer):
+    what, at = sys.argv[2].split() if len(sys.argv) > 2 else ("nothing", 0)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.what == "step" and self.state.global_step + 1 == int(self.at):
+            kill()
+        return loss
+
+    def _save_scaler(self, output_dir):  # weights and optimiser are written, the rest is not
+        if self.what == "save" and self.state.global_step == int(self.at):
+            kill()
+        super()._save_scaler(output_dir)
+
+
+if __name__ == "__main__":
+    import mgllava.training.run
+
+    torch.set_num_threads(1)
+    mgllava.training.run.MGLlavaTrainer = KilledTrainer
+    with open(sys.argv[1]) as file:
+        recipe = recipe_from_dict(json.load(file))
+    train(recipe)

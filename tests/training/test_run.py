@@ -1,0 +1,355 @@
+"""Whole runs of a miniature: what learns, what is written, and that nothing but the recipe decides the result."""
+
+import json
+import random
+import resource
+import signal
+
+import pytest
+import torch
+from miniature import losses_of, run_in_process, tiny_recipe, write_data, write_tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+from mgllava.training.errors import CheckpointError, DataError, RecipeError
+from mgllava.training.neck import is_neck, load_neck
+from mgllava.training.recipe import recipe_from_dict
+from mgllava.training.run import build_trainer, train
+from mgllava.training.trainer import MGLlavaTrainer
+from mgllava_kernels import use_backend
+
+STEPS = 6
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums of one order, as in the processes of their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model_folder, data, tmp_path_factory):
+    """A run of stage 2, with two epochs and a learning rate that falls."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train(run_recipe(model_folder, data, output))
+    return output
+
+
+def run_recipe(model_folder, data, output, **changes):
+    settings = {"max_steps": STEPS, "schedule": "cosine", "warmup_share": 0.2, **changes}
+    return tiny_recipe(model_folder, data, output, **settings)
+
+
+class Gradients(TrainerCallback):
+    """The gradients of the first step."""
+
+    def __init__(self):
+        self.first = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.first is None:
+            self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_weights(one, other, tolerance=0.0):
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        difference = (one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-12)
+        assert difference <= tolerance, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_fast_path_learns_what_the_reference_learns(model_folder, data, tmp_path, stage):
+    """20 steps in float32: losses, and the gradients of the first step, agree."""
+    losses, gradients = {}, {}
+    for backend in ("torch", "reference"):
+        recipe = run_recipe(model_folder, data, tmp_path / backend, stage=stage, max_steps=20, save_every=20)
+        trainer = build_trainer(recipe)
+        seen = Gradients()
+        trainer.add_callback(seen)
+        with use_backend(backend):
+            trainer.train()
+        losses[backend], gradients[backend] = losses_of(tmp_path / backend), seen.first
+    assert len(losses["torch"]) == 20
+    assert losses["torch"] == pytest.approx(losses["reference"], rel=TOLERANCE)
+    assert losses["torch"][-1] < losses["torch"][0]
+    assert gradients["torch"].keys() == gradients["reference"].keys()
+    for name, expected in gradients["reference"].items():
+        error = (gradients["torch"][name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error < TOLERANCE, name
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(model_folder, tmp_path):
+    """Among the batches: text alone in both processes, and pictures in one and text alone in the other."""
+    data = write_data(tmp_path / "data", pictured=9, text_only=7)
+    recipe = run_recipe(model_folder, data, tmp_path / "one", max_steps=8)
+    trainer = build_trainer(recipe)
+    order = list(trainer.order)
+    pictured = [[trainer.order.lengths[i] > 0 for i in order[first : first + 2]] for first in range(0, 16, 2)]
+    batches = list(zip(pictured[::2], pictured[1::2], strict=True))
+    assert ([False, False], [False, False]) in batches
+    assert any(any(one) != any(other) for one, other in batches)
+    trainer.train()
+    other = run_recipe(model_folder, data, tmp_path / "two", max_steps=8, per_device_batch=2)
+    run_in_process(other, processes=2)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=TOLERANCE)
+    weights = "checkpoint-8/model.safetensors"
+    assert_same_weights(tmp_path / "one" / weights, tmp_path / "two" / weights, TOLERANCE)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(model_folder, data, tmp_path, uninterrupted):
+    train(run_recipe(model_folder, data, tmp_path / "a", per_device_batch=1))
+    assert losses_of(tmp_path / "a") == pytest.approx(losses_of(uninterrupted), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_at", [f"step {random.SystemRandom().randint(1, STEPS)}", "save 4"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    model_folder, data, tmp_path, uninterrupted, killed_at
+):
+    output = tmp_path / "killed"
+    recipe = run_recipe(model_folder, data, output)
+    assert run_in_process(recipe, killed_at, check=False) == -signal.SIGKILL
+    left = sorted(path.name for path in output.glob("checkpoint-*"))
+    assert "checkpoint-6" not in left
+    assert killed_at != "save 4" or left == ["checkpoint-2"]
+    train(recipe)
+    assert losses_of(output) == losses_of(uninterrupted)
+    assert_same_weights(output / "model" / "model.safetensors", uninterrupted / "model" / "model.safetensors")
+    assert not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize("changes", [{"stage": 1}, {"lora": {"rank": 2, "alpha": 4, "dropout": 0.3}}])
+def test_stage_1_and_adapters_go_on_exactly_too(model_folder, data, tmp_path, monkeypatch, changes):
+    whole = run_recipe(model_folder, data, tmp_path / "whole", max_steps=4, **changes)
+    result = train(whole)
+    monkeypatch.setattr(MGLlavaTrainer, "training_step", stop_at(3, MGLlavaTrainer.training_step))
+    recipe = run_recipe(model_folder, data, tmp_path / "stopped", max_steps=4, **changes)
+    with pytest.raises(InterruptedError):
+        train(recipe)
+    monkeypatch.undo()
+    again = train(recipe)
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "whole")
+    names = ("", "") if result.is_file() else ("model.safetensors",) * 2
+    assert_same_weights(result / names[0] if names[0] else result, again / names[1] if names[1] else again)
+
+
+def stop_at(step, training_step):
+    def stopping(self, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            raise InterruptedError
+        return training_step(self, *args, **kwargs)
+
+    return stopping
+
+
+def test_a_full_disk_loses_nothing(model_folder, data, tmp_path, monkeypatch, uninterrupted):
+    """Files may not grow over 100 kB while the second checkpoint is written."""
+    output = tmp_path / "full"
+    recipe = run_recipe(model_folder, data, output)
+    save = MGLlavaTrainer._save_checkpoint
+
+    def save_on_a_full_disk(self, *args):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if self.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            save(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(MGLlavaTrainer, "_save_checkpoint", save_on_a_full_disk)
+    with pytest.raises(CheckpointError, match=r"of step 4 cannot be written: .*checkpoint-2 is intact"):
+        train(recipe)
+    monkeypatch.undo()
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list(output.glob(".*"))
+    train(recipe)
+    assert losses_of(output) == losses_of(uninterrupted)
+
+
+def parameters_of(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_converted_model_learns_exactly_what_is_published(converted_golden, golden_dir, tmp_path, stage):
+    """One step at a constant learning rate."""
+    files = golden_dir / "end_to_end"
+    turns = [
+        {"from": "human", "value": "<image>\nwhat is in the image ?"},
+        {"from": "gpt", "value": "a red image"},
+    ]
+    records = [{"id": number, "image": "image.png", "conversations": turns} for number in range(2)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    detections = json.loads((files / "detections.json").read_text())
+    (tmp_path / "boxes.json").write_text(json.dumps([{"id": str(i), **detections} for i in range(2)]))
+    data = {
+        "records": str(tmp_path / "records.json"),
+        "pictures": str(files),
+        "boxes": str(tmp_path / "boxes.json"),
+    }
+    changes = {"global_batch": 2, "per_device_batch": 2, "max_steps": 1, "text_limit": None}
+    trainer = build_trainer(tiny_recipe(converted_golden, data, tmp_path / "run", stage=stage, **changes))
+    before = parameters_of(trainer.model)
+    trainer.train()
+    after = parameters_of(trainer.model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {name for name in before if is_neck(name)}
+    if stage == 2:
+        expected |= {name for name in before if name.startswith(("model.language_model.", "lm_head."))}
+    assert len(expected) < len(before)
+    assert changed == expected
+
+
+def test_stage_1_leaves_a_neck_that_stage_2_begins_with(model_folder, data, tmp_path):
+    neck = train(run_recipe(model_folder, data, tmp_path / "one", stage=1, max_steps=2))
+    assert neck == tmp_path / "one" / "neck.safetensors"
+    weights = load_file(neck)
+    assert all(is_neck(name) for name in weights)
+    assert not list((tmp_path / "one").rglob("model*.safetensors"))
+    second = run_recipe(model_folder, data, tmp_path / "two", neck=str(neck), max_steps=2)
+    trainer = build_trainer(second)
+    state = trainer.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    original = AutoModelForImageTextToText.from_pretrained(model_folder).state_dict()
+    assert not torch.equal(original["model.fusion.gate_in.weight"], weights["model.fusion.gate_in.weight"])
+
+
+def test_the_result_of_stage_2_loads_and_answers(uninterrupted, model_folder):
+    model = AutoModelForImageTextToText.from_pretrained(uninterrupted / "model")
+    processor = AutoProcessor.from_pretrained(uninterrupted / "model")
+    chat = [{"role": "user", "content": [{"type": "text", "text": "How many dogs are there?"}]}]
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    for name in ("config.json", "generation_config.json", "processor_config.json", "chat_template.jinja"):
+        texts = [(folder / name).read_text() for folder in (uninterrupted / "model", model_folder)]
+        assert texts[0].replace('"dtype": "float32"', '"dtype": null') == texts[1].replace(
+            '"dtype": "float32"', '"dtype": null'
+        )
+
+
+def test_adapters_are_merged_into_the_result(model_folder, data, tmp_path):
+    recipe = run_recipe(
+        model_folder, data, tmp_path / "lora", lora={"rank": 2, "alpha": 4}, max_steps=2, learning_rate=0.05
+    )
+    trainer = build_trainer(recipe)
+    learners = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in learners)
+    assert all(("lora_" in name and "language_model" in name) or is_neck(name) for name in learners)
+    result = train(recipe)
+    merged = load_file(result / "model.safetensors")
+    original = load_file(model_folder / "model.safetensors")
+    assert merged.keys() == original.keys()
+    changed = {name for name in merged if not torch.equal(merged[name], original[name])}
+    projections = {name for name in merged if "language_model.layers" in name and "_proj.weight" in name}
+    assert projections <= changed
+    assert all(is_neck(name) or name in projections for name in changed)
+    neck = load_file(tmp_path / "lora" / "checkpoint-2" / "neck.safetensors")
+    assert all(torch.equal(merged[name], value) for name, value in neck.items())
+
+
+def test_bfloat16_keeps_what_learns_in_float32(model_folder, data, tmp_path):
+    recipe = run_recipe(
+        model_folder,
+        data,
+        tmp_path / "a",
+        precision="bfloat16",
+        gradient_checkpointing=True,
+        max_steps=2,
+        stage=1,
+    )
+    trainer = build_trainer(recipe)
+    dtypes = {is_neck(name): p.dtype for name, p in trainer.model.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    trainer.train()
+    tower = trainer.model.model.vision_tower
+    assert not any(module.training for module in tower.modules())
+    assert losses_of(tmp_path / "a")[1] == pytest.approx(losses_of(tmp_path / "a")[0], rel=0.2)
+
+
+def test_gradient_checkpointing_changes_nothing(model_folder, data, tmp_path, uninterrupted):
+    train(run_recipe(model_folder, data, tmp_path / "a", gradient_checkpointing=True))
+    assert losses_of(tmp_path / "a") == pytest.approx(losses_of(uninterrupted), rel=1e-6)
+
+
+def test_the_log_tells_throughput_and_memory(uninterrupted):
+    state = json.loads((uninterrupted / "checkpoint-6" / "trainer_state.json").read_text())
+    first = state["log_history"][0]
+    assert first["samples_per_second"] > 0
+    assert 0.01 < first["memory_gib"] < 1000
+    assert first["num_input_tokens_seen"] > 0
+    assert first["records_replaced"] == 0
+
+
+def test_so_many_checkpoints_stay_as_the_recipe_says(uninterrupted, model_folder, data, tmp_path):
+    assert sorted(path.name for path in uninterrupted.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+
+
+def test_another_recipe_does_not_go_on_with_a_run(model_folder, data, uninterrupted, tmp_path):
+    with pytest.raises(RecipeError, match="holds a run with learning_rate: 0.001, the recipe says 0.01"):
+        train(run_recipe(model_folder, data, uninterrupted, learning_rate=0.01))
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(RecipeError, match="holds checkpoints of something else"):
+        train(run_recipe(model_folder, data, tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="which is a file; expected a folder"):
+        train(run_recipe(model_folder, data, tmp_path / "file"))
+
+
+def test_what_is_wrong_shows_before_the_weights_load(model_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("mgllava.training.run._load_model", lambda *args: pytest.fail("weights were loaded"))
+    output = tmp_path / "run"
+    with pytest.raises(
+        RecipeError, match="global_batch is 4, which 1 processes with per_device_batch: 3 cannot"
+    ):
+        train(run_recipe(model_folder, data, output, per_device_batch=3))
+    with pytest.raises(DataError, match="there is no file"):
+        train(run_recipe(model_folder, {**data, "records": "nowhere.json"}, output))
+    with pytest.raises(DataError, match="(?s)12 of 16 records cannot be used.*its picture does not exist"):
+        train(run_recipe(model_folder, {**data, "pictures": str(tmp_path)}, output))
+    with pytest.raises(ValueError, match="no model folder at"):
+        train(run_recipe(tmp_path / "nowhere", data, output))
+    with pytest.raises(RecipeError, match="cannot be imported"):
+        train(run_recipe(model_folder, {"dataset": "mgllava.nowhere:Scenes"}, output))
+    with pytest.raises(RecipeError, match="refuses {'size': 3}"):
+        train(run_recipe(model_folder, {"dataset": "builtins:list", "arguments": {"size": 3}}, output))
+
+
+def test_a_neck_of_another_model_is_refused(model_folder, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(model_folder)
+    with pytest.raises(CheckpointError, match="there is no neck at"):
+        load_neck(model, tmp_path / "neck.safetensors")
+    (tmp_path / "neck.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        load_neck(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"is another model's: missing \[\], not expected \['lm_head"):
+        load_neck(model, model_folder / "model.safetensors")
+
+
+def test_recipes_survive_their_file(model_folder, data, uninterrupted):
+    kept = recipe_from_dict(json.loads((uninterrupted / "recipe.json").read_text()))
+    assert kept == run_recipe(model_folder, data, uninterrupted)
