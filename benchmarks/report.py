@@ -10,22 +10,26 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks import roofline
-from benchmarks.comparison import Comparison, Place, compare, places
+from benchmarks.comparison import BASELINES, Comparison, Place, compare, places
 from benchmarks.registry import BENCHMARKS
 from benchmarks.rows import RESULTS, Row, read_all
+
+if TYPE_CHECKING:
+    from benchmarks.plots import Picture
 
 TITLE = """# Benchmark results
 
 Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one JSON object a line); do not edit.
 
 - Every provider's results were compared with float64 before it was timed. **× original** is the original's time
-  divided by this package's, **× best rival** the same for the fastest of everything else that ran, the original
-  among them. Below 1 this package is slower, and the cell says so.
-- Both times of a ratio come from one run, in which all providers took turns.
+  divided by this package's (for `roi_align` torchvision's), **× best rival** the same for the fastest of everything
+  else that ran, the original among them. Below 1 this package is slower, and the cell says so.
+- Both times of a ratio come from one run, side by side. Medians; p20 to p80 says how far they spread.
 - **of floor** is the least time that the device allows (bytes / copy bandwidth or FLOPs / matmul rate, both measured
   on it in the same run) divided by this package's time: 100% is as fast as the device can be.
 - **extra** is peak memory above the inputs.
@@ -65,21 +69,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
 
 
-def markdown(rows: Sequence[Row], pictures: Sequence[tuple[str, str]] = (), predicted: str = PREDICTED) -> str:
+def markdown(
+    rows: Sequence[Row], pictures: Sequence[tuple[str, str]] = (), predicted: str = PREDICTED
+) -> str:
     """The whole text.
 
     Args:
         rows: of any devices.
-        pictures: description and file name of each plot.
+        pictures: the plots to show.
         predicted: key of `roofline.VENDOR` for the prediction where there are no rows of a GPU.
     """
     lines = [TITLE]
     by_place = places(rows)
     if all(place.kind == "cpu" for place in by_place):
         lines += _prediction(predicted)
-    lines += [line for text, name in pictures for line in (f"![{text}]({name})", "")]
     for place, own in by_place.items():
-        lines += _section(place, own)
+        lines += _section(place, own, [picture for picture in pictures if picture.place == place])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -110,11 +115,12 @@ def _prediction(name: str) -> list[str]:
     return [*lines, *table(("op", "case", "MB", "GFLOP", "predicted floor, µs", "bound by"), cells, 2), ""]
 
 
-def _section(place: Place, rows: Sequence[Row]) -> list[str]:
+def _section(place: Place, rows: Sequence[Row], pictures: Sequence["Picture"]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in place.versions)
     lines = [f"## {place.device}", "", f"{versions}.", ""]
     if place.kind == "cpu":
         lines += [CPU_NOTE, ""]
+    lines += [line for picture in pictures for line in (f"![{picture.text}]({picture.name})", "")]
     for op in _ops(rows):
         own = [row for row in rows if row.op == op]
         lines += [f"### {op}", "", conditions(own), ""]
@@ -143,6 +149,16 @@ def conditions(rows: Sequence[Row]) -> str:
 def _is_listed(comparison: Comparison) -> bool:
     """Reasons alone have a list of their own."""
     return any(row.milliseconds is not None for row in comparison.rows.values())
+
+
+def _mode(comparison: Comparison) -> str:
+    return {"both": "forward + backward"}.get(comparison.first.mode, comparison.first.mode)
+
+
+def _against_baseline(comparison: Comparison) -> str:
+    """The ratio; where the baseline was not timed, a word that sends to the list below."""
+    refused = comparison.baseline is None and any(name in comparison.rows for name in BASELINES)
+    return "not timed" if refused else ratio(comparison.speed_up(comparison.baseline))
 
 
 def _ours(comparison: Comparison, value: str) -> str:
@@ -178,7 +194,7 @@ def _cpu_table(comparisons: Sequence[Comparison]) -> list[str]:
     for one in comparisons:
         baseline, rival = one.baseline, one.best_rival
         spread = one.speed_up_range(baseline) if baseline is not None else None
-        row = [one.first.case, one.first.mode, one.first.dtype, _ours(one, ratio(one.speed_up(baseline)))]
+        row = [one.first.case, _mode(one), one.first.dtype, _ours(one, _against_baseline(one))]
         row.append("-" if spread is None else f"{ratio_text(spread[0])} to {ratio_text(spread[1])}")
         if several:
             name = "" if rival is None else f" ({rival.provider})"
@@ -195,19 +211,33 @@ def ratio_text(value: float) -> str:
 
 
 def _gpu_table(comparisons: Sequence[Comparison]) -> list[str]:
-    header = ["case", "mode", "dtype", "launch", "ms", "p20 to p80", "original, ms", "× original", "best rival, ms"]
+    header = [
+        "case",
+        "mode",
+        "dtype",
+        "launch",
+        "ms",
+        "p20 to p80",
+        "original, ms",
+        "× original",
+        "best rival, ms",
+    ]
     header += ["× best rival", "of floor", "extra MB", "original's", "error", *_detail_names(comparisons)]
     cells = []
     for one in comparisons:
         ours, baseline, rival = one.ours, one.baseline, one.best_rival
         times = ours.milliseconds if ours is not None else None
         first = one.first
-        row = [first.case, first.mode, first.dtype, first.launch]
+        row = [first.case, _mode(one), first.dtype, first.launch]
         row.append(_ours(one, "" if times is None else _milliseconds(times["median"])))
-        row.append("-" if times is None else f"{_milliseconds(times['p20'])} to {_milliseconds(times['p80'])}")
+        row.append(
+            "-" if times is None else f"{_milliseconds(times['p20'])} to {_milliseconds(times['p80'])}"
+        )
         row.append("-" if baseline is None else _milliseconds(baseline.milliseconds["median"]))
-        row.append(ratio(one.speed_up(baseline)))
-        row.append("-" if rival is None else f"{_milliseconds(rival.milliseconds['median'])} ({rival.provider})")
+        row.append(_against_baseline(one))
+        row.append(
+            "-" if rival is None else f"{_milliseconds(rival.milliseconds['median'])} ({rival.provider})"
+        )
         original = _megabytes(None if baseline is None else baseline.extra_bytes)
         row += [ratio(one.speed_up(rival)), _share(one), _ours_memory(one), original, _error(one)]
         cells.append([*row, *_details(one, comparisons, absolute=True)])
@@ -243,7 +273,9 @@ def _not_timed(rows: Sequence[Row]) -> list[str]:
     reasons: dict[tuple[bool, str, str], list[str]] = {}
     for row in rows:
         if row.reason is not None:
-            where = f"{row.case}, {row.dtype}, {row.mode}" + (", in a CUDA graph" if row.launch == "graph" else "")
+            where = f"{row.case}, {row.dtype}, {row.mode}" + (
+                ", in a CUDA graph" if row.launch == "graph" else ""
+            )
             reasons.setdefault((not row.wrong, row.provider, row.reason), []).append(where)
     if not reasons:
         return []
@@ -258,7 +290,7 @@ def _not_timed(rows: Sequence[Row]) -> list[str]:
 def write(folder: Path = RESULTS, predicted: str = PREDICTED) -> list[Path]:
     """Write the tables, and where matplotlib is there the plots, of the rows in `folder`; the files written."""
     rows = read_all(folder)
-    pictures: list[tuple[str, str]] = []
+    pictures: list[Picture] = []
     if importlib.util.find_spec("matplotlib") is not None:
         from benchmarks import plots
 
@@ -267,12 +299,14 @@ def write(folder: Path = RESULTS, predicted: str = PREDICTED) -> list[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(markdown(rows, pictures, predicted), encoding="utf-8")
     os.replace(partial, path)
-    return [path, *(folder / name for _, name in pictures)]
+    return [path, *(folder / picture.name for picture in pictures)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows; default %(default)s")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the rows; default %(default)s"
+    )
     parser.add_argument(
         *("--device",),
         default=PREDICTED,
