@@ -86,6 +86,11 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def post_init(self) -> None:
+        super().post_init()
+        # CLIP's vision half also names modules of its text half; FSDP's wrapping looks up every name.
+        self._no_split_modules = self._no_split_modules & {type(module).__name__ for module in self.modules()}
+
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any):
         """As `transformers.PreTrainedModel.from_pretrained`; quantisation spares the vision flow by default."""
@@ -368,6 +373,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             raise ValueError(
                 "pictures came with inputs_embeds; expected input_ids, where the placeholders are"
             )
+        zero = None
+        if features is None and self.training and torch.is_grad_enabled() and self._vision_learns():
+            # Ahead of the embeddings, as pictures are: the processes of a sharded run must agree in the order too.
+            zero = self._no_tokens((input_ids if inputs_embeds is None else inputs_embeds).device)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -376,8 +385,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             inputs_embeds, tokens = self.merge_image_features(input_ids, inputs_embeds, features)
         elif input_ids is not None:
             self._check_no_placeholders(input_ids, attention_mask, past_key_values)
-        if features is None and self.training and torch.is_grad_enabled() and self._vision_learns():
-            inputs_embeds = inputs_embeds + self._no_tokens(inputs_embeds.device).to(inputs_embeds)
+        if zero is not None:
+            inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

@@ -235,6 +235,11 @@ def test_text_alone_passes_no_picture_where_nothing_of_the_vision_flow_learns():
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
 
 
+def test_modules_that_must_not_be_split_are_there(model):
+    present = {type(module).__name__ for module in model.modules()}
+    assert {"LlamaDecoderLayer", "CLIPEncoderLayer", "ConvGateFusion"} <= model._no_split_modules <= present
+
+
 def test_frozen_parts_stay_in_eval_mode():
     model = tiny_model()
     for name, parameter in model.named_parameters():
