@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import roofline, rows
-from benchmarks.registry import BENCHMARKS
+from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.rows import Row
 from benchmarks.runner import Job, Runner, current_conditions, estimated_seconds, is_measured, problems
 from benchmarks.shapes import ALL_MODES
@@ -201,7 +201,7 @@ def show_roofline(
             help=f"{', '.join(roofline.VENDOR)}: a prediction from the vendor's figures. Default: measured here."
         ),
     ] = None,
-    op: Annotated[list[str] | None, typer.Option(help=f"{', '.join(BENCHMARKS)}; default all.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help=f"{', '.join(OPS)}; default all.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES)}; default float32 on a CPU, else bfloat16.")
     ] = None,
@@ -210,7 +210,7 @@ def show_roofline(
     """Bytes, FLOPs and the least time of every case, on this device or predicted for a named one."""
     console, errors = _consoles()
     try:
-        ops = _chosen("op", op, tuple(BENCHMARKS))
+        ops = _chosen("op", op, tuple(OPS))
         _chosen("mode", [mode], ALL_MODES)
         here = find_device("auto")
         name = dtype or ("float32" if device is None and here.type == "cpu" else "bfloat16")

@@ -17,7 +17,8 @@ from mgllava_kernels import use_backend
 Inputs = dict[str, Any]
 Function = Callable[..., Sequence[Tensor]]
 ExtraBytes = Callable[[Sizes, torch.dtype, str], int]
-NOT_DIFFERENTIATED = ("boxes",)
+NOT_CONVERTED = ("boxes",)
+NOT_DIFFERENTIATED = ("boxes", "pixel_values", "pixel_values_high_res")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Benchmark:
         function: this package's public function on the inputs, on whatever backend is active.
         cost: bytes and FLOPs of a case in a mode.
         dtypes: names of the dtypes measured by default on a GPU; on a CPU it is float32.
+        reference: what the results are compared with, if not this package's `reference` path.
+        in_float64: the reference is computed in float64, else (whole models) in the dtype that is measured.
+        leniency: what the tolerance is multiplied by, where layers around the op err, too.
+        rate: name of a number per second in the rows' `details`, and how many of them a call makes.
     """
 
     name: str
@@ -78,8 +83,12 @@ class Benchmark:
     output_shapes: Callable[[Sizes], list[tuple[int, ...]]]
     providers: tuple[Provider, ...]
     function: Function
-    cost: Callable[[Sizes, torch.dtype, str], Cost]
+    cost: Callable[[Sizes, torch.dtype, str], Cost] | None = None
     dtypes: tuple[str, ...] = ("bfloat16",)
+    reference: Function | None = None
+    in_float64: bool = True
+    leniency: float = 1.0
+    rate: tuple[str, Callable[[Sizes], int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,9 +100,9 @@ class Problem:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What gets a gradient: floating tensors and parameters, in the order of the inputs."""
-        differentiated = [value for name, value in self.inputs.items() if name not in NOT_DIFFERENTIATED]
-        return list(_tensors(differentiated))
+        """What gets a gradient: floating tensors, and parameters that learn, in the order of the inputs."""
+        values = [value for name, value in self.inputs.items() if name not in NOT_DIFFERENTIATED]
+        return [tensor for tensor in _tensors(values) if tensor.requires_grad]
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +111,7 @@ class Problem:
 
     def in_float64(self) -> "Problem":
         """The same numbers in float64."""
-        inputs = {name: _converted(value, torch.float64) for name, value in self.inputs.items()}
+        inputs = {name: _converted(_copied(value), torch.float64) for name, value in self.inputs.items()}
         return Problem(inputs, [grad.double() for grad in self.grads])
 
 
@@ -111,19 +120,18 @@ def make_problem(
 ) -> Problem:
     """Random inputs of a benchmark and random gradients of its results."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = {
-        name: _converted(value, dtype if name not in NOT_DIFFERENTIATED else None, device)
-        for name, value in benchmark.inputs(sizes, generator).items()
-    }
+    inputs = {}
+    for name, value in benchmark.inputs(sizes, generator).items():
+        inputs[name] = _converted(value, None if name in NOT_CONVERTED else dtype, device)
+        for tensor in _tensors(inputs[name]):
+            if tensor.is_leaf and not isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(name not in NOT_DIFFERENTIATED)
     # Their mean is one: the gate's gradient, a sum over a whole picture, would otherwise be mostly cancellation.
     grads = [
         (1 + torch.randn(shape, generator=generator)).to(device, dtype)
         for shape in benchmark.output_shapes(sizes)
     ]
-    problem = Problem(inputs, grads)
-    for leaf in problem.leaves:
-        leaf.requires_grad_()
-    return problem
+    return Problem(inputs, grads)
 
 
 def make_call(function: Function, problem: Problem, mode: str) -> Callable[[], list[Tensor]]:
@@ -214,19 +222,27 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, nn.Module):
         yield from value.parameters()
     elif isinstance(value, Tensor):
-        yield value
+        if value.is_floating_point():
+            yield value
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
 
 
+def _copied(value: Any) -> Any:
+    """A module that can be converted without the original, which tensors need not be."""
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return copy.deepcopy(value) if isinstance(value, nn.Module) else value
+
+
 def _converted(value: Any, dtype: torch.dtype | None, device: torch.device | None = None) -> Any:
-    """A copy of an input in another dtype, on another device."""
+    """An input with its floating tensors in another dtype, on another device; modules are changed in place."""
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value).to(device, dtype)
+        return value.to(device, dtype)
     if isinstance(value, Tensor):
-        copied = value.detach().to(device, dtype)
-        return copied.requires_grad_(value.requires_grad)
+        converted = value.detach().to(device, dtype if value.is_floating_point() else None)
+        return converted.requires_grad_(value.requires_grad)
     if isinstance(value, list | tuple):
         return [_converted(item, dtype, device) for item in value]
     return value

@@ -25,38 +25,42 @@ class WrongResult(Exception):
         self.error = error
 
 
-def tolerance(dtype: torch.dtype, mode: str) -> float:
+def tolerance(benchmark: Benchmark, dtype: torch.dtype, mode: str) -> float:
     """What the relative error may be."""
     values, gradients = TOLERANCES[dtype]
-    return values if mode == "forward" else gradients
+    return (values if mode == "forward" else gradients) * benchmark.leniency
 
 
 def expected(benchmark: Benchmark, sizes: Sizes, problem: Problem, mode: str) -> tuple[list[Tensor], str]:
-    """The results in float64, and from which path.
+    """The right results, in float64 if the benchmark allows, and where they are from.
 
     That is the literal composition (`reference`), or where it would take too much memory the fast algebra
     (`torch`), which the tests hold to it and to gradients by finite differences.
     """
-    device = problem.grads[0].device
+    dtype, device = problem.grads[0].dtype, problem.grads[0].device
     extra_bytes = benchmark.providers[0].extra_bytes
-    need = extra_bytes(sizes, torch.float64, mode) if extra_bytes is not None else 0
+    wide = torch.float64 if benchmark.in_float64 else dtype
+    need = extra_bytes(sizes, wide, mode) if extra_bytes is not None else 0
     backend = "reference" if need <= LITERAL_LIMIT[device.type] else "torch"
-    wide = problem.in_float64()
+    function = benchmark.reference or on_backend(backend, benchmark.function)
+    name = "literal composition" if backend == "reference" else "fast algebra"
     # Backward alone is checked together with the values it belongs to.
-    results = make_call(on_backend(backend, benchmark.function), wide, _checked_mode(mode))()
-    name = {"reference": "literal composition", "torch": "fast algebra"}[backend]
-    return results, f"{name} in float64"
+    given = problem.in_float64() if benchmark.in_float64 else problem
+    results = make_call(function, given, _checked_mode(mode))()
+    return results, f"{name} in {str(wide).removeprefix('torch.')}"
 
 
-def check(function: Function, problem: Problem, mode: str, reference: list[Tensor]) -> float:
-    """The provider's relative error.
+def check(
+    benchmark: Benchmark, function: Function, problem: Problem, mode: str, reference: list[Tensor]
+) -> float:
+    """A provider's relative error.
 
     Raises:
         WrongResult: it is above the tolerance, or no number.
     """
     actual = make_call(function, problem, _checked_mode(mode))()
     error = relative_error(actual, reference)
-    allowed = tolerance(problem.grads[0].dtype, mode)
+    allowed = tolerance(benchmark, problem.grads[0].dtype, mode)
     # Also false for NaN.
     if not error <= allowed:
         raise WrongResult(error, allowed)
@@ -69,8 +73,8 @@ def relative_error(actual: list[Tensor], reference: list[Tensor]) -> float:
     for one, other in zip(actual, reference, strict=True):
         if one.shape != other.shape:
             return float("nan")
-        scale = other.detach().norm().item() or 1.0
-        errors.append((one.detach().double() - other.detach()).norm().item() / scale)
+        wide, right = one.detach().double(), other.detach().double()
+        errors.append((wide - right).norm().item() / (right.norm().item() or 1.0))
     return float("nan") if any(error != error for error in errors) else max(errors, default=0.0)
 
 

@@ -1,8 +1,24 @@
-"""All benchmarks of ops by name, the neck first."""
+"""All benchmarks by name: the neck first, then its ops, then whole models."""
 
-from benchmarks import conv_gate, neck, pooled_roi_align, projectors, roi_align
+from benchmarks import (
+    conv_gate,
+    first_token,
+    generation,
+    neck,
+    pooled_roi_align,
+    preprocessing,
+    projectors,
+    roi_align,
+    training_step,
+    vision_flow,
+)
 
-BENCHMARKS = {
+OPS = {
     module.BENCHMARK.name: module.BENCHMARK
     for module in (neck, pooled_roi_align, conv_gate, projectors, roi_align)
 }
+MODELS = {
+    module.BENCHMARK.name: module.BENCHMARK
+    for module in (vision_flow, first_token, generation, training_step, preprocessing)
+}
+BENCHMARKS = OPS | MODELS

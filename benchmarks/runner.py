@@ -143,7 +143,7 @@ class Runner:
         return list(rows.values())
 
     def _blank(self, job: Job, provider: Provider) -> Row:
-        sizes, dtype = job.case.sizes, getattr(torch, job.dtype)
+        sizes, dtype, cost = job.case.sizes, getattr(torch, job.dtype), job.benchmark.cost
         return Row(
             op=job.benchmark.name,
             kind=self.conditions.kind,
@@ -158,8 +158,10 @@ class Runner:
             commit=self.conditions.commit,
             run=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             origin=job.case.origin,
-            tolerance=tolerance(dtype, job.mode),
-            floor_ms=self.ceilings.floor_ms(job.benchmark.cost(sizes, dtype, job.mode), job.dtype),
+            tolerance=tolerance(job.benchmark, dtype, job.mode),
+            floor_ms=None
+            if cost is None
+            else self.ceilings.floor_ms(cost(sizes, dtype, job.mode), job.dtype),
         )
 
     def _check(
@@ -173,7 +175,9 @@ class Runner:
             self.tell(f"checking {provider.name}")
             row = replace(rows[provider.name], reference=name)
             try:
-                row = replace(row, error=check(provider.function, problem, job.mode, reference))
+                row = replace(
+                    row, error=check(job.benchmark, provider.function, problem, job.mode, reference)
+                )
                 right.append(provider)
             except WrongResult as wrong:
                 row = replace(row, error=wrong.error, wrong=True, reason=str(wrong))
@@ -188,7 +192,7 @@ class Runner:
         self.tell("timing")
         calls = {one.name: make_call(one.function, problem, job.mode) for one in providers}
         for name, seconds in (timing.in_rounds(calls, self.budget) if calls else {}).items():
-            rows[name] = _timed(rows[name], seconds)
+            rows[name] = _timed(job, rows[name], seconds)
         del calls
         for provider in providers if self.with_memory else ():
             self.tell(f"memory of {provider.name}")
@@ -218,7 +222,7 @@ class Runner:
                 calls = make_calls()
                 row = replace(row, extra_bytes=memory.on_gpu(calls[0])) if self.with_memory else row
                 self.tell(f"timing {provider.name}")
-                results.append(_timed(row, timing.launched(calls, self.budget)))
+                results.append(_timed(job, row, timing.launched(calls, self.budget)))
                 del calls
             except RuntimeError as error:
                 results.append(replace(row, reason=_failure(error)))
@@ -226,7 +230,7 @@ class Runner:
             row = replace(row, launch="graph")
             try:
                 self.tell(f"timing {provider.name} in a CUDA graph")
-                results.append(_timed(row, timing.replayed(make_calls, self.budget)))
+                results.append(_timed(job, row, timing.replayed(make_calls, self.budget)))
             except RuntimeError as error:
                 results.append(replace(row, reason=_failure(error)))
         forget_compilations()
@@ -240,10 +244,14 @@ def _failure(error: RuntimeError) -> str:
     return f"failed: {type(error).__name__}: {lines[0]}"
 
 
-def _timed(row: Row, seconds: Sequence[float]) -> Row:
+def _timed(job: Job, row: Row, seconds: Sequence[float]) -> Row:
     milliseconds = timing.quantiles(seconds)
     share = None if row.floor_ms is None else row.floor_ms / milliseconds["median"]
-    return replace(row, milliseconds=milliseconds, samples=len(seconds), share=share)
+    details = {}
+    if job.benchmark.rate is not None:
+        name, count = job.benchmark.rate
+        details[name] = count(job.case.sizes) / (milliseconds["median"] / 1e3)
+    return replace(row, milliseconds=milliseconds, samples=len(seconds), share=share, details=details)
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
@@ -268,8 +276,9 @@ def is_measured(job: Job, conditions: Conditions, stored: Sequence[Row]) -> bool
     return found >= {provider.name for provider in job.providers}
 
 
-# Rough rates of two cores, to say beforehand how long a run takes: memory-bound and matmul-shaped work.
-CPU_BYTES, CPU_FLOPS = 0.7e9, 1e11
+# Rough rates of two cores, to say beforehand how long a run takes: memory-bound and matmul-shaped work; what a
+# scaled-down model computes.
+CPU_BYTES, CPU_FLOPS, MODEL_FLOPS = 0.7e9, 1e11, 2e11
 PROCESS_SECONDS, GPU_JOB_SECONDS, GPU_COMPILE_SECONDS = 5.0, 6.0, 60.0
 
 
@@ -281,7 +290,8 @@ def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memo
         return GPU_JOB_SECONDS + GPU_COMPILE_SECONDS * compiled
     sizes = job.case.sizes
     free = memory.available(conditions.device)
-    flops = job.benchmark.cost(sizes, dtype, job.mode).flops
+    cost = job.benchmark.cost
+    flops = MODEL_FLOPS if cost is None else cost(sizes, dtype, job.mode).flops
     total = round_seconds = 0.0
     for provider in job.providers:
         if provider.needs_gpu or provider.gpu_only or memory.refusal(provider, sizes, dtype, job.mode, free):

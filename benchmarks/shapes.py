@@ -144,3 +144,39 @@ TINY_REGIONS = {
     "aligned": 0,
     "large": 0,
 }
+
+# Whole models. On a CPU layers are left out, which the names say; the neck has published sizes throughout.
+PUBLISHED_MODEL = {"vit_layers": 24, "blocks": 27, "layers": 32, "vocabulary": 32000, "words": 64}
+SHALLOW_MODEL = {"vit_layers": 2, "blocks": 1, "layers": 1, "vocabulary": 1000, "words": 64}
+TINY_MODEL = TINY | SHALLOW_MODEL | {"words": 6, "vocabulary": 50}
+SHALLOW = "published widths; 2 ViT layers, 1 ConvNeXt block a stage and 1 language layer, to fit a CPU"
+
+
+def _model_cases(
+    published: tuple[tuple[int, int], ...], layers: int, modes: tuple[str, ...]
+) -> tuple[Case, ...]:
+    """Shallow models of one picture on any device, the published one for (pictures, boxes) on a GPU."""
+    cases = []
+    for boxes in (10, 100):
+        sizes = {"images": 1, "boxes": boxes, "canvas": PICTURE} | SHALLOW_MODEL
+        cases.append(Case(f"shallow model, 1 picture, {boxes} boxes", sizes, SHALLOW, modes))
+    for images, boxes in published:
+        sizes = {"images": images, "boxes": boxes, "canvas": PICTURE} | PUBLISHED_MODEL | {"layers": layers}
+        name = _picture_case(images, boxes).name
+        cases.append(Case(name, sizes, PUBLISHED, modes, gpu_only=True))
+    return tuple(cases)
+
+
+# The vision flow needs no language model: one layer stands for it.
+VISION_FLOW = _model_cases(((1, 100), (8, 100)), 1, ("forward",))
+FIRST_TOKEN = _model_cases(((1, 100), (8, 100)), 32, ("forward",))
+GENERATION = _model_cases(((1, 100),), 32, ("forward",))
+TRAINING_STEP = _model_cases(((2, 100),), 32, ("both",))
+PREPROCESSING = tuple(
+    Case(f"{width} x {height} px", {"pictures": 4, "width": width, "height": height}, origin, ("forward",))
+    for width, height, origin in (
+        (640, 480, "usual size of COCO's pictures"),
+        (4032, 3024, "a telephone's camera, 12 megapixels"),
+    )
+)
+TINY_PICTURES = {"pictures": 1, "width": 20, "height": 30}

@@ -58,8 +58,8 @@ def in_rounds(
 
 
 def number_of_sets(nbytes: int, cache: int) -> int:
-    """Sets of inputs of `nbytes` each that together exceed a cache twice."""
-    return min(MAX_SETS, math.ceil(2 * cache / max(nbytes, 1)) + 1)
+    """Sets of inputs of `nbytes` each that together exceed a cache twice, so that each is read from memory."""
+    return 1 if nbytes >= 2 * cache else min(MAX_SETS, math.ceil(2 * cache / max(nbytes, 1)) + 1)
 
 
 def launched(calls: Sequence[Call], budget: float) -> list[float]:

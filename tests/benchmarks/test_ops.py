@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as command
 from benchmarks import check, memory, original, roofline, runner
 from benchmarks.benchmark import Provider, make_call, make_problem
-from benchmarks.registry import BENCHMARKS
+from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.shapes import ALL_MODES, Case
 
 CPU = torch.device("cpu")
-NAMES = list(BENCHMARKS)
+NAMES = list(OPS)
 
 
 def provider_of(name: str, provider: str) -> Provider:
@@ -35,7 +35,7 @@ def test_every_provider_computes_the_op(name, mode):
     checked = [one for one in benchmark.providers if runs_here(one, mode, "float32")]
     assert {one.name for one in checked} >= {benchmark.providers[0].name, "torch"}
     for one in checked:
-        assert check.check(one.function, problem, mode, reference) < 5e-5
+        assert check.check(benchmark, one.function, problem, mode, reference) < 5e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -47,7 +47,7 @@ def test_half_precision_stays_within_the_tolerance(name, dtype):
         reference, _ = check.expected(benchmark, benchmark.tiny, problem, mode)
         for one in benchmark.providers:
             if runs_here(one, mode, str(dtype)):
-                check.check(one.function, problem, mode, reference)
+                check.check(benchmark, one.function, problem, mode, reference)
 
 
 def test_cublas_calls_compute_the_projectors():
@@ -55,7 +55,7 @@ def test_cublas_calls_compute_the_projectors():
     problem = make_problem(benchmark, benchmark.tiny, torch.float16, CPU)
     reference, _ = check.expected(benchmark, benchmark.tiny, problem, "forward")
     for name in ("cuBLAS bias", "cuBLAS bias and GELU"):
-        check.check(provider_of("projectors", name).function, problem, "forward", reference)
+        check.check(benchmark, provider_of("projectors", name).function, problem, "forward", reference)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -203,11 +203,11 @@ def test_a_broken_triton_kernel_is_found_in_the_interpreter(monkeypatch):
     problem = make_problem(benchmark, benchmark.tiny, torch.float32, CPU)
     reference, _ = check.expected(benchmark, benchmark.tiny, problem, "forward")
     triton = provider_of("pooled_roi_align", "triton").function
-    assert check.check(triton, problem, "forward", reference) < 1e-5
+    assert check.check(benchmark, triton, problem, "forward", reference) < 1e-5
     right = pooled_roi_align.pooled_roi_align
     monkeypatch.setattr(pooled_roi_align, "pooled_roi_align", lambda *arguments: right(*arguments) * 1.0001)
     with pytest.raises(check.WrongResult, match="relative error 1.0e-04"):
-        check.check(triton, problem, "forward", reference)
+        check.check(benchmark, triton, problem, "forward", reference)
 
 
 def test_a_path_that_raises_is_a_row_and_fails_the_run(run, monkeypatch):

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
 from benchmarks import roofline
-from benchmarks.registry import BENCHMARKS
+from benchmarks.registry import OPS
 
 ONE = {"images": 1, "boxes": 100, "canvas": 768}
 
@@ -51,7 +51,7 @@ def test_the_neck_moves_no_more_than_its_parts_and_computes_all_of_them():
 
 
 def test_forward_and_backward_add_up():
-    for benchmark in BENCHMARKS.values():
+    for benchmark in OPS.values():
         for case in benchmark.cases:
             forward, backward, both = (
                 benchmark.cost(case.sizes, torch.bfloat16, mode) for mode in ("forward", "backward", "both")

@@ -50,7 +50,9 @@ def test_quantiles_are_milliseconds():
     assert timing.quantiles([0.002]) == pytest.approx(dict.fromkeys(expected, 2.0))
 
 
-@pytest.mark.parametrize(("nbytes", "sets"), [(1, 64), (25 << 20, 5), (50 << 20, 3), (1 << 30, 2)])
+@pytest.mark.parametrize(
+    ("nbytes", "sets"), [(1, 64), (25 << 20, 5), (50 << 20, 3), (99 << 20, 3), (100 << 20, 1), (1 << 34, 1)]
+)
 def test_sets_of_inputs_exceed_the_cache_twice(nbytes, sets):
     assert timing.number_of_sets(nbytes, cache=50 << 20) == sets
 

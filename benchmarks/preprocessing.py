@@ -1,0 +1,74 @@
+"""Pictures to pixel tensors: this package's image processor against the original's steps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.benchmark import Benchmark, Inputs, Provider
+from benchmarks.shapes import PREPROCESSING, TINY_PICTURES, Sizes
+
+LOW_RES, HIGH_RES = 336, 768
+
+
+def _inputs(sizes: Sizes, generator: torch.Generator) -> Inputs:
+    """Pictures of noise, smooth like a photograph's."""
+    from PIL import Image
+
+    pictures = []
+    for _ in range(sizes["pictures"]):
+        coarse = torch.rand(1, 3, 24, 32, generator=generator)
+        pixels = F.interpolate(coarse, size=(sizes["height"], sizes["width"]), mode="bicubic").clamp(0, 1)
+        array = (pixels[0].permute(1, 2, 0) * 255).byte().numpy()
+        pictures.append(Image.fromarray(np.ascontiguousarray(array)))
+    return {"pictures": pictures}
+
+
+def _original(pictures: Sequence) -> Sequence[Tensor]:
+    """Square with the mean's colour, transformers' CLIP processor at 768 px, bilinear resize to 336 px."""
+    from PIL import Image
+    from transformers import CLIPImageProcessor
+
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": HIGH_RES}, crop_size={"height": HIGH_RES, "width": HIGH_RES}
+    )
+    high_res = []
+    for picture in pictures:
+        side = max(picture.size)
+        square = Image.new(
+            picture.mode, (side, side), tuple(int(value * 255) for value in processor.image_mean)
+        )
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        high_res.append(processor(square, return_tensors="pt")["pixel_values"])
+    joined = torch.cat(high_res)
+    return F.interpolate(joined, size=(LOW_RES, LOW_RES), mode="bilinear", align_corners=False), joined
+
+
+def _package(pictures: Sequence) -> Sequence[Tensor]:
+    from mgllava import MGLlavaImageProcessor
+
+    output = MGLlavaImageProcessor()(pictures)
+    return output["pixel_values"], output["pixel_values_high_res"]
+
+
+def _output_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+    return [(sizes["pictures"], 3, side, side) for side in (LOW_RES, HIGH_RES)]
+
+
+BENCHMARK = Benchmark(
+    name="preprocessing",
+    cases=PREPROCESSING,
+    tiny=TINY_PICTURES,
+    inputs=_inputs,
+    output_shapes=_output_shapes,
+    providers=(Provider("original", _original), Provider("torch", _package)),
+    function=_package,
+    reference=_original,
+    in_float64=False,
+    dtypes=("float32",),
+    # A pixel of the resize may be rounded to the next of its 256 values.
+    leniency=100,
+    rate=("pictures_per_second", lambda sizes: sizes["pictures"]),
+)

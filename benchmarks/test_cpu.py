@@ -1,0 +1,47 @@
+"""CPU-sized calls under pytest-benchmark: `python -m pytest benchmarks/test_cpu.py`.
+
+One picture of the published sizes in float32, forward: this package's `torch` path beside the baseline, one group
+a case. Its options save and compare runs (`--benchmark-save`, `--benchmark-compare`). Results are checked first.
+"""
+
+import pytest
+import torch
+
+from benchmarks import check
+from benchmarks.benchmark import make_call, make_problem
+from benchmarks.registry import BENCHMARKS
+
+CASES = [
+    (name, case, provider)
+    for name, benchmark in BENCHMARKS.items()
+    for case in benchmark.cases
+    if case.quick
+    for provider in benchmark.providers
+    if provider.gpu_only is None and not provider.needs_gpu
+]
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """Problems and their results in float64, by benchmark and case; the last one is kept."""
+    kept: dict = {}
+
+    def get(benchmark, case):
+        key = (benchmark.name, case.name)
+        if key not in kept:
+            kept.clear()
+            problem = make_problem(benchmark, case.sizes, torch.float32, torch.device("cpu"))
+            kept[key] = problem, check.expected(benchmark, case.sizes, problem, "forward")[0]
+        return kept[key]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "provider"), CASES, ids=[f"{name}-{case.name}-{one.name}" for name, case, one in CASES]
+)
+def test_forward(benchmark, prepared, name, case, provider):
+    benchmark.group = f"{name}, {case.name}"
+    problem, reference = prepared(BENCHMARKS[name], case)
+    check.check(BENCHMARKS[name], provider.function, problem, "forward", reference)
+    benchmark.pedantic(make_call(provider.function, problem, "forward"), rounds=3, warmup_rounds=1)

@@ -1,0 +1,53 @@
+"""A step of stage 1: loss of the whole model, and its gradients to fusion and projectors.
+
+The optimiser's update, 60 million parameters with AdamW, is the same for everyone and left out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Generator, Tensor
+
+from benchmarks.benchmark import Benchmark, Inputs, Provider, package_providers
+from benchmarks.first_token import make_inputs
+from benchmarks.models import encoded, original_flow
+from benchmarks.shapes import TINY_MODEL, TRAINING_STEP, Sizes
+
+
+def _inputs(sizes: Sizes, generator: Generator) -> Inputs:
+    from mgllava.training.stages import choose_learners
+
+    inputs = make_inputs(sizes, generator)
+    choose_learners(inputs["model"], stage=1)
+    # Towers stay in eval mode; nothing else in the model behaves differently in training.
+    return inputs
+
+
+def _original(model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
+    features = encoded(original_flow(model.model, **pictures))
+    return _loss(model, model(input_ids=input_ids, labels=input_ids, mm_encoder_outputs=features))
+
+
+def _package(model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
+    return _loss(model, model(input_ids=input_ids, labels=input_ids, **pictures))
+
+
+def _loss(model: Any, output: Any) -> tuple[Tensor]:
+    return (output.loss.to(model.dtype),)
+
+
+def _output_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+    return [()]
+
+
+BENCHMARK = Benchmark(
+    name="training_step",
+    cases=TRAINING_STEP,
+    tiny=TINY_MODEL,
+    inputs=_inputs,
+    output_shapes=_output_shapes,
+    providers=(Provider("original", _original), *package_providers(_package)),
+    function=_package,
+    in_float64=False,
+    rate=("pictures_per_second", lambda sizes: sizes["images"]),
+)

@@ -1,0 +1,38 @@
+"""Pictures to tokens: both towers and the neck."""
+
+import torch
+from torch import Tensor
+
+from benchmarks import original
+from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
+from benchmarks.models import make_model, original_flow, package_flow, picture_inputs
+from benchmarks.shapes import TINY_MODEL, VISION_FLOW, Sizes, model_width, tokens_of
+
+
+def _inputs(sizes: Sizes, generator: torch.Generator) -> Inputs:
+    return {"model": make_model(sizes, generator).model, **picture_inputs(sizes, generator)}
+
+
+def _output_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+    return [(tokens_of(sizes) + sizes["boxes"], model_width(sizes))] * sizes["images"]
+
+
+def _extra_bytes(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
+    """The neck's, and the stages' maps, which its inputs are no longer; a block of the towers needs less."""
+    pixels: Tensor = torch.empty(
+        sizes["images"], 192, sizes["canvas"] // 4, sizes["canvas"] // 4, device="meta"
+    )
+    return original.extra_neck(sizes, dtype, mode) + 8 * pixels.numel() * dtype.itemsize
+
+
+BENCHMARK = Benchmark(
+    name="vision_flow",
+    cases=VISION_FLOW,
+    tiny=TINY_MODEL,
+    inputs=_inputs,
+    output_shapes=_output_shapes,
+    providers=(*original_providers(original_flow, _extra_bytes), *package_providers(package_flow)),
+    function=package_flow,
+    leniency=4,
+    rate=("pictures_per_second", lambda sizes: sizes["images"]),
+)
