@@ -1,8 +1,10 @@
 """Depthwise 7x7 convolution of tokens and GELU, forward and backward, without a transposed copy.
 
 Channels lie across lanes; a thread computes ROWS outputs below each other from the ROWS + 6 inputs of a column,
-so that an input is read 7·(ROWS + 6)/ROWS times, from the L1 cache, instead of 49 times. Two launches forward:
-taps side by side for neighbouring channels, convolution. Every sum has one fixed order.
+so that an input is read 7·(ROWS + 6)/ROWS times, from the L1 cache, instead of 49 times. The convolution reads
+its taps side by side for neighbouring channels, (49, D); of a weight (D, 1, 7, 7) as it is, every tap of every
+channel would be a load of its own in every program, several times the loads that there are. Laying them out is a
+launch, or the side job of a product that precedes the convolution. Every sum has one fixed order.
 """
 
 # ruff: noqa: RUF005 — Triton compiles no starred elements
@@ -15,21 +17,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgllava_kernels._triton.launch import Target, launch, multiple, target_of
-from mgllava_kernels._triton.matmul import gelu
-from mgllava_kernels._triton.tokens import column_sums, gelu_of, token_layout
+from mgllava_kernels._triton.launch import Target, half, launch, multiple, odd, target_of
+from mgllava_kernels._triton.matmul import gelu, matrix_layout
+from mgllava_kernels._triton.products import Side, run
+from mgllava_kernels._triton.tokens import GeluGradient, gelu_gradients
 from mgllava_kernels.configs import Config, Sizes, Space, choose
 
 TAPS = 49
-# Channels of a program that lays out taps or their gradients.
-BLOCK_TAPS_D = 32
+# Channels of a program that lays out taps or sums their gradients, and parts that it adds at a time.
+BLOCK_TAPS_D = tl.constexpr(32)
+BLOCK_SUMS_D = 8
 
 
 def depthwise_conv_gelu(
     tokens: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, save: bool
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as of the function of this name in `mgllava_kernels._torch.conv_gate`."""
-    output, pre_activation, _ = convolve_gelu(tokens, weight, bias, height, width, save, sums=False)
+    taps = lay_out_taps(weight)
+    output, pre_activation, _ = convolve_gelu(tokens, taps, bias, height, width, save, sums=False)
     return output, pre_activation
 
 
@@ -43,10 +48,11 @@ def depthwise_conv_gelu_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Arguments and results as of the function of this name in `mgllava_kernels._torch.conv_gate`."""
-    grad_pre = gelu_of(pre_activation, grad.contiguous())
+    grad_pre = torch.empty_like(pre_activation)
+    gelu_gradients([GeluGradient(grad.contiguous(), pre_activation, grad_pre)])
     grads = []
     if needed[0]:
-        grads.append(convolve_transposed(grad_pre, weight, height, width))
+        grads.append(convolve_transposed(grad_pre, lay_out_taps(weight), height, width))
     if needed[1] or needed[2]:
         by_parameter = convolution_parameter_gradients(grad_pre, tokens, weight, height, width)
         grads += [value for value, need in zip(by_parameter, needed[1:], strict=True) if need]
@@ -54,7 +60,7 @@ def depthwise_conv_gelu_backward(
 
 
 def convolve_gelu(
-    tokens: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, save: bool, sums: bool
+    tokens: Tensor, taps: Tensor, bias: Tensor, height: int, width: int, save: bool, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GELU(convolution + bias) of tokens (B, N, D) with any strides; its input if `save`; partial sums if `sums`.
 
@@ -68,13 +74,13 @@ def convolve_gelu(
     config = _config(tokens, height, width)
     tiles = _tiles(config, height, width)
     partials = torch.empty(images, tiles if sums else 0, 2 * channels, dtype=torch.float32, device=device)
-    layout, align = token_layout([tokens])
+    layout, align = matrix_layout([tokens])
     launch(
         _convolution_kernel,
         images * tiles * triton.cdiv(channels, dict(config.blocks)["BLOCK_D"]),
         device,
         (
-            *(tokens, _taps(weight), bias, output, pre_activation, partials),
+            *(tokens, taps, bias, output, pre_activation, partials),
             *(height, width, channels, tiles, *tokens.stride()),
         ),
         ADJACENT=layout == "row",
@@ -88,7 +94,7 @@ def convolve_gelu(
 
 def convolve_transposed(
     grad: Tensor,
-    weight: Tensor,
+    taps: Tensor,
     height: int,
     width: int,
     direct: Tensor | None = None,
@@ -104,13 +110,13 @@ def convolve_transposed(
     config = _config(grad, height, width)
     tiles = _tiles(config, height, width)
     other = grad if direct is None else direct
-    layout, align = token_layout([grad, other])
+    layout, align = matrix_layout([grad, other])
     launch(
         _transposed_convolution_kernel,
         images * tiles * triton.cdiv(channels, dict(config.blocks)["BLOCK_D"]),
         grad.device,
         (
-            *(grad, _taps(weight), output, other, grad if rows is None else rows),
+            *(grad, taps, output, other, grad if rows is None else rows),
             *(height, width, channels, tiles, *other.stride(), 0 if rows is None else rows.stride(0)),
             1.0 / max(count, 1),
         ),
@@ -136,7 +142,7 @@ def convolution_parameter_gradients(
     across = triton.cdiv(channels, blocks["BLOCK_D"])
     parts = min(max(1, tiles), max(1, waves * target.multiprocessors // max(across, 1)))
     partials = torch.empty(parts, TAPS + 1, channels, dtype=torch.float32, device=device)
-    layout, align = token_layout([tokens])
+    layout, align = matrix_layout([tokens])
     launch(
         _weight_gradient_kernel,
         parts * across,
@@ -151,33 +157,32 @@ def convolution_parameter_gradients(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    sums = column_sums([partials.view(1, parts, (TAPS + 1) * channels)]).view(TAPS + 1, channels)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     grad_bias = torch.empty(channels, dtype=weight.dtype, device=device)
     launch(
-        _spread_taps_kernel,
-        triton.cdiv(channels, BLOCK_TAPS_D),
+        _add_taps_kernel,
+        triton.cdiv(channels, BLOCK_SUMS_D),
         device,
-        (sums, grad_weight, grad_bias, channels),
-        BLOCK_D=BLOCK_TAPS_D,
+        (partials, grad_weight, grad_bias, channels, parts),
+        BLOCK_D=BLOCK_SUMS_D,
         num_warps=4,
     )
     return grad_weight, grad_bias
 
 
-def _taps(weight: Tensor) -> Tensor:
-    """Weights (D, 1, 7, 7) of any strides as (49, D): a tap of neighbouring channels is adjacent."""
+def lay_out_taps(weight: Tensor) -> Tensor:
+    """Weights (D, 1, 7, 7) of any strides as (49, D)."""
+    taps, side = taps_and_job(weight)
+    run(side, weight.device)
+    return taps
+
+
+def taps_and_job(weight: Tensor) -> tuple[Tensor, Side]:
+    """What `lay_out_taps` returns, still empty, and the job that fills it."""
     channels = weight.shape[0]
     taps = torch.empty(TAPS, channels, dtype=weight.dtype, device=weight.device)
-    launch(
-        _taps_kernel,
-        triton.cdiv(channels, BLOCK_TAPS_D),
-        weight.device,
-        (weight, taps, channels, weight.stride(0), weight.stride(2), weight.stride(3)),
-        BLOCK_D=BLOCK_TAPS_D,
-        num_warps=4,
-    )
-    return taps
+    arguments = weight, taps, odd(channels, weight.stride(0), weight.stride(2), weight.stride(3))
+    return taps, Side(_lay_out_taps, triton.cdiv(channels, BLOCK_TAPS_D.value), arguments)
 
 
 def _sizes(tokens: Tensor, height: int, width: int) -> Sizes:
@@ -195,28 +200,35 @@ def _tiles(config: Config, height: int, width: int) -> int:
     return triton.cdiv(triton.cdiv(height, blocks["ROWS"]) * width, blocks["BLOCK_Q"])
 
 
-@triton.jit(do_not_specialize=["channels", "stride_d", "stride_y", "stride_x"])
-def _taps_kernel(weight_ptr, taps_ptr, channels, stride_d, stride_y, stride_x, BLOCK_D: tl.constexpr):
+@triton.jit
+def _lay_out_taps(program, arguments):
     """Bytes: 49·D read and written, 0.2 MB at the published size."""
-    channel = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    weight_ptr, taps_ptr, numbers = arguments
+    channels = half(numbers[0])
+    channel = program * BLOCK_TAPS_D + tl.arange(0, BLOCK_TAPS_D)
     tap = tl.arange(0, 64)
-    weight = weight_ptr + channel[:, None].to(tl.int64) * stride_d
-    weight += tap[None, :] // 7 * stride_y + tap[None, :] % 7 * stride_x
+    weight = weight_ptr + channel[:, None].to(tl.int64) * half(numbers[1])
+    weight += tap[None, :] // 7 * half(numbers[2]) + tap[None, :] % 7 * half(numbers[3])
     inside = (channel[:, None] < channels) & (tap[None, :] < 49)
     values = tl.load(weight, mask=inside, other=0.0)
     tl.store(taps_ptr + tap[None, :] * channels + channel[:, None], values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["channels"])
-def _spread_taps_kernel(sums_ptr, weight_ptr, bias_ptr, channels, BLOCK_D: tl.constexpr):
-    """Sums (50, D) as gradients (D, 1, 7, 7) and, the last row, (D,)."""
+@triton.jit(do_not_specialize=["channels", "parts"])
+def _add_taps_kernel(partials_ptr, weight_ptr, bias_ptr, channels, parts, BLOCK_D: tl.constexpr):
+    """Sums over parts (P, 50, D) as gradients (D, 1, 7, 7) and, of the last rows, (D,).
+
+    Bytes: 200·P·D read, most of them from the cache.
+    """
     channel = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     tap = tl.arange(0, 64)
     present = channel[:, None] < channels
-    values = tl.load(
-        sums_ptr + tap[None, :] * channels + channel[:, None], mask=present & (tap[None, :] < 50), other=0.0
-    )
-    values = values.to(weight_ptr.dtype.element_ty)
+    total = tl.zeros((BLOCK_D, 64), tl.float32)
+    partial = partials_ptr + tap[None, :] * channels + channel[:, None]
+    for _ in tl.range(0, parts, loop_unroll_factor=4):
+        total += tl.load(partial, mask=present & (tap[None, :] < 50), other=0.0)
+        partial += 50 * channels
+    values = total.to(weight_ptr.dtype.element_ty)
     tl.store(weight_ptr + channel[:, None] * 49 + tap[None, :], values, mask=present & (tap[None, :] < 49))
     tl.store(bias_ptr + channel[:, None] + 0 * tap[None, :], values, mask=present & (tap[None, :] == 49))
 

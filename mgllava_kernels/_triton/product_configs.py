@@ -24,12 +24,12 @@ PIECES = {"cuda": 32, "hip": 16, "interpreter": 32}
 
 def token_space(kernel: str) -> Space:
     """Products of tokens and a weight (N, K); the count is that of tokens."""
-    return Space(kernel, _token_heuristic, _candidates, _shared_memory)
+    return Space(kernel, _token_heuristic, candidates, shared_memory)
 
 
 def weight_space(kernel: str) -> Space:
     """Products of size (M, N), a weight's gradient, summed over tokens; the count is that of tokens."""
-    return Space(kernel, _weight_heuristic, _candidates, _shared_memory)
+    return Space(kernel, _weight_heuristic, candidates, shared_memory)
 
 
 def product_config(
@@ -72,13 +72,18 @@ def piece_of(config: Config, target: Target) -> int:
 
 
 def kernel_options(config: Config, target: Target, dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword arguments of the launch of a product: tiles, the epilogue's piece, precision, Triton's options."""
+    """Keyword arguments of the launch of a product.
+
+    They are tiles, whether a program takes several (PERSISTENT), the columns of them that an epilogue takes at a
+    time (PIECE), the precision of products, and Triton's own options.
+    """
     blocks = {name: value for name, value in config.blocks if name.startswith("BLOCK") or name == "GROUP"}
     # The assembler left alone spills some registers to run more programs at once.
     limit = {"maxnreg": 255} if target.capability else {}
     return {
         **blocks,
         **limit,
+        "PERSISTENT": dict(config.blocks)["PROGRAMS"] != ONE_A_TILE,
         "PIECE": piece_of(config, target),
         "PRECISION": dot_precision(dtype, target),
         "num_warps": config.num_warps,
@@ -116,7 +121,7 @@ def _shapes(target: Target, dtype: torch.dtype) -> list[tuple[tuple[int, int, in
     return [
         (tile, warps, stages)
         for tile, warps, stages in shapes
-        if _shared_memory(product_config(target, tile, warps, stages), dtype) <= target.shared_memory
+        if shared_memory(product_config(target, tile, warps, stages), dtype) <= target.shared_memory
     ]
 
 
@@ -127,7 +132,7 @@ def _shapes_by_instructions(
         return [((64, 64, 32), 4, 1)]
     if dtype == torch.float32:
         # IEEE products are no matrix instructions on NVIDIA: operands are unrolled over the depth in registers.
-        return [((128, 64 if target.capability >= 90 else 128, 16), 8, 3)]
+        return [((128, 64, 16), 8, 3)]
     if target.backend == "hip":
         return [((128, 128, 64), 8, 2), *(((64, columns, 64), 4, 2) for columns in (128, 64, 32))]
     if target.capability >= 90:
@@ -136,7 +141,8 @@ def _shapes_by_instructions(
     return [((128, 128, 64), 8, 3), ((64, 128, 32), 4, 4), ((64, 64, 64), 4, 4), ((64, 32, 64), 4, 4)]
 
 
-def _candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterator[Config]:
+def candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterator[Config]:
+    """What is worth measuring for any product."""
     for tile, warps, stages in _shapes(target, dtype):
         for more in (stages - 1, stages, stages + 1):
             if more:
@@ -149,7 +155,7 @@ def _candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) ->
             yield product_config(target, tile, warps, stages, descriptors=POINTERS, programs=ONE_A_TILE)
 
 
-def _shared_memory(config: Config, dtype: torch.dtype) -> int:
+def shared_memory(config: Config, dtype: torch.dtype) -> int:
     """A tile of each operand for every stage."""
     blocks = dict(config.blocks)
     return config.num_stages * blocks["BLOCK_K"] * (blocks["BLOCK_M"] + blocks["BLOCK_N"]) * dtype.itemsize

@@ -63,7 +63,7 @@ class Product:
 
     @property
     def work(self) -> int:
-        return self.out.numel() * self.a.shape[-1]
+        return self.out.numel() * self.a.shape[-1] * (self.images if self.batch == "depth" else 1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class Side:
     function: Any
     programs: int
     arguments: tuple[Any, ...]
+
+
+def run(side: Side, device: torch.device) -> None:
+    """The job in a launch of its own."""
+    launch(_side_kernel, side.programs, device, (side.arguments,), SIDE=side.function, num_warps=4)
 
 
 def config_of_tokens(space: Space, products: Sequence[Product]) -> Config:
@@ -101,7 +106,7 @@ def multiply(
 ) -> list[Tensor]:
     """Compute every product, in one launch where their operands lie in memory alike.
 
-    `side` is done in the first launch, of which there is one where a result has elements.
+    `side` is done in the first launch.
 
     Epilogues: "none" does nothing, "bias" adds it, "bias_gelu" applies GELU after it and writes the sum to
     `second` if there is one, "gelu_backward" multiplies by GELU'(pre_activation) and writes GELU(pre_activation)
@@ -109,8 +114,8 @@ def multiply(
     `second` there are is the same for all products.
 
     Returns:
-        With `sums`, column sums of the results before they are rounded, in parts (parts, N), or (B, parts, N) of
-        a batch; for "gelu_dot" the inner products in parts, (parts,) or (B, parts); all float32. Else nothing.
+        With `sums`, column sums of the results before they are rounded, in parts (B, parts, N), B being 1 for a
+        matrix; for "gelu_dot" the inner products in parts (B, parts); all float32. Else nothing.
     """
     target = target_of(products[0].out.device)
     partials = [_partials(config, target, epilogue, sums, one) for one in products]
@@ -126,6 +131,8 @@ def multiply(
             *([products[i] for i in alike], [partials[i] for i in alike], side),
         )
         side = None
+    if side is not None:
+        run(side, products[0].out.device)
     return partials if sums or epilogue == "gelu_dot" else []
 
 
@@ -192,7 +199,7 @@ def _tiles(one: Product, config: Config) -> int:
 
 def _partials(config: Config, target: Target, epilogue: str, sums: bool, one: Product) -> Tensor:
     """Memory for column sums, or for inner products."""
-    *pictures, rows, columns = one.out.shape
+    pictures, (rows, columns) = one.out.shape[:-2] or (1,), one.out.shape[-2:]
     row_tiles = triton.cdiv(rows, dict(config.blocks)["BLOCK_M"])
     shape: tuple[int, ...] = (0,)
     if sums:
@@ -300,16 +307,10 @@ def _finish_tile(
     out_ptr,
     second_ptr,
     partial_ptr,
-    outer_rows_ptr,
-    outer_columns_ptr,
-    outers,
-    stride_outer_rows,
-    stride_outer_columns,
     OUT_ALIGN: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SECOND: tl.constexpr,
     SUMS: tl.constexpr,
-    OUTER: tl.constexpr,
     PIECE: tl.constexpr,
 ):
     """The epilogue of the tile at (row, column) of one picture, PIECE columns at a time."""
@@ -320,14 +321,12 @@ def _finish_tile(
         _finish_tile(
             *(left, row_tile, row, column, rows, columns, part, parts),
             *(bias_ptr, pre_ptr, out_ptr, second_ptr, partial_ptr),
-            *(outer_rows_ptr, outer_columns_ptr, outers, stride_outer_rows, stride_outer_columns),
-            *(OUT_ALIGN, EPILOGUE, SECOND, SUMS, OUTER, PIECE),
+            *(OUT_ALIGN, EPILOGUE, SECOND, SUMS, PIECE),
         )
         _finish_tile(
             *(right, row_tile, row, column + BLOCK_N // 2, rows, columns, part, parts),
             *(bias_ptr, pre_ptr, out_ptr, second_ptr, partial_ptr),
-            *(outer_rows_ptr, outer_columns_ptr, outers, stride_outer_rows, stride_outer_columns),
-            *(OUT_ALIGN, EPILOGUE, SECOND, SUMS, OUTER, PIECE),
+            *(OUT_ALIGN, EPILOGUE, SECOND, SUMS, PIECE),
         )
     else:
         n = column + tl.arange(0, BLOCK_N)
@@ -350,14 +349,6 @@ def _finish_tile(
         if SUMS:
             sums = partial_ptr + row_tile.to(tl.int64) * columns + n
             tl.store(sums, tl.sum(tl.where(inside, accumulator, 0.0), axis=0), mask=n < columns)
-        if OUTER:
-            m = row + tl.arange(0, BLOCK_M)
-            for image in range(tl.where(part == 0, outers, 0)):
-                outer_row = tl.load(outer_rows_ptr + image * stride_outer_rows + m, mask=m < rows, other=0.0)
-                outer_column = tl.load(
-                    outer_columns_ptr + image * stride_outer_columns + n, mask=n < columns, other=0.0
-                )
-                accumulator += outer_row[:, None] * outer_column[None, :]
         if EPILOGUE == "none" and parts > 1:
             part_ptr = partial_ptr + part.to(tl.int64) * rows * multiple(columns, OUT_ALIGN)
             tl.store(part_ptr + offsets, accumulator, mask=inside)
@@ -393,6 +384,7 @@ def _product_kernel(
     SUMS: tl.constexpr,
     OUTER: tl.constexpr,
     SIDE: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     PIECE: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
@@ -413,7 +405,7 @@ def _product_kernel(
     programs = tl.num_programs(0) - side_programs
     if SIDE is not None and tile >= programs:
         SIDE(tile - programs, side_arguments)
-        tile = 2147483647
+        tile = 1 << 30
     for problem in range(len(numbers)):
         a_address = as_[0].to(tl.int64)
         b_address = bs[0].to(tl.int64)
@@ -481,7 +473,9 @@ def _product_kernel(
         tiles = row_tiles * column_tiles * parts
         part_depth = tl.cdiv(tl.cdiv(depth, BLOCK_K), parts) * BLOCK_K
         part_images = tl.cdiv(images, parts)
-        for one in range(tile, tiles, programs):
+        # A loop of one step is none to the compiler, which needs fewer registers then.
+        end = tiles if PERSISTENT else tl.minimum(tile + 1, tiles)
+        for one in range(tile, end, programs if PERSISTENT else 1):
             part = one % parts
             row_tile, column_tile = grouped_tile(one // parts, row_tiles, column_tiles, GROUP)
             row = row_tile * BLOCK_M
@@ -510,13 +504,28 @@ def _product_kernel(
                     *(A_LAYOUT, B_LAYOUT, A_ALIGN, B_ALIGN, USE_DESCRIPTORS, BLOCK_K, PRECISION),
                     *(image, images, stride_ab, stride_bb, A_BATCH, B_BATCH),
                 )
+            if OUTER:
+                m = row + tl.arange(0, BLOCK_M)
+                n = column + tl.arange(0, BLOCK_N)
+                outer_row_ptr = outer_rows_ptr + m
+                outer_column_ptr = outer_columns_ptr + n
+                for _ in range(tl.where(part == 0, outers, 0)):
+                    outer_row = tl.load(outer_row_ptr, mask=m < rows, other=0.0)
+                    outer_column = tl.load(outer_column_ptr, mask=n < columns, other=0.0)
+                    accumulator += outer_row[:, None] * outer_column[None, :]
+                    outer_row_ptr += stride_outer_rows
+                    outer_column_ptr += stride_outer_columns
             _finish_tile(
                 *(accumulator, row_tile, row, column, rows, columns, part, parts),
                 *(bias_ptr, pre_ptr + before, out_ptr + before, second_ptr + before, partial_ptr),
-                *(outer_rows_ptr, outer_columns_ptr, outers, stride_outer_rows, stride_outer_columns),
-                *(OUT_ALIGN, EPILOGUE, SECOND, SUMS, OUTER, PIECE),
+                *(OUT_ALIGN, EPILOGUE, SECOND, SUMS, PIECE),
             )
         tile += tl.cdiv(tl.maximum(tiles - tile, 0), programs) * programs - tiles
+
+
+@triton.jit
+def _side_kernel(arguments, SIDE: tl.constexpr):
+    SIDE(tl.program_id(0), arguments)
 
 
 @triton.jit

@@ -28,12 +28,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from mgllava_kernels._triton.launch import Target, half, launch, odd
-from mgllava_kernels._triton.matmul import gelu_derivative, matrix_layout, tile_offsets
+from mgllava_kernels._triton.launch import Target
 from mgllava_kernels._triton.product_configs import token_space, weight_space
 from mgllava_kernels._triton.products import (
     Product,
@@ -42,12 +39,11 @@ from mgllava_kernels._triton.products import (
     config_of_weights,
     multiply,
 )
+from mgllava_kernels._triton.tokens import GeluGradient, gelu_gradients, token_sums
 from mgllava_kernels.configs import Config, Sizes, Space
 
 # Values of a config's ROUTE: this package's kernel, or torch's own matrix products where a table says they win.
 TRITON, TORCH = 1, 2
-# Rows whose column sums one program makes, and the rows and columns it holds at a time.
-SUM_ROWS, BLOCK_ROWS, BLOCK_COLUMNS = 128, 32, 128
 
 
 def routed(config: Config, route: int) -> Config:
@@ -88,7 +84,13 @@ def linear_gelu_backward(
     need_x, need_weight, need_bias = needed
     flat = _rows(x)
     grad_pre = x.new_empty(len(flat), weight.shape[0])
-    sums = _column_sums([_rows(grad).contiguous()], [_rows(pre_activation).contiguous()], [grad_pre])
+    problem = GeluGradient(
+        *(
+            value.unsqueeze(0)
+            for value in (_rows(grad).contiguous(), _rows(pre_activation).contiguous(), grad_pre)
+        )
+    )
+    (sums,) = gelu_gradients([problem])
     results = []
     if need_x:
         results.append(torch.empty_like(x, memory_format=torch.contiguous_format))
@@ -191,7 +193,7 @@ def _multiply(space: Space, epilogue: str, products: Sequence[Product]) -> list[
     config = (config_of_weights if space is WEIGHT_GRADIENT else config_of_tokens)(space, products)
     if dict(config.blocks)["ROUTE"] == TORCH:
         return [part for one in products for part in _multiply_in_torch(one, epilogue)]
-    return multiply(config, epilogue, products, sums=epilogue == "gelu_backward")
+    return [part[0] for part in multiply(config, epilogue, products, sums=epilogue == "gelu_backward")]
 
 
 def _multiply_in_torch(one: Product, epilogue: str) -> list[Tensor]:
@@ -211,95 +213,6 @@ def _multiply_in_torch(one: Product, epilogue: str) -> list[Tensor]:
     return []
 
 
-def _column_sums(
-    grads: Sequence[Tensor], pre_activations: Sequence[Tensor] = (), results: Sequence[Tensor] = ()
-) -> list[Tensor]:
-    """Column sums of contiguous matrices in parts, (parts, N) float32 each.
-
-    With `pre_activations` those of grad · GELU'(pre_activation), which is written to `results`.
-    """
-    parts = [
-        torch.empty(
-            *(triton.cdiv(len(grad), SUM_ROWS), grad.shape[1]), dtype=torch.float32, device=grad.device
-        )
-        for grad in grads
-    ]
-    working = [i for i, grad in enumerate(grads) if grad.numel()]
-    if not working:
-        return parts
-    used = [grads[i] for i in working]
-    activated = [pre_activations[i] for i in working] if pre_activations else used
-    written = [results[i] for i in working] if results else used
-    launch(
-        _column_sums_kernel,
-        sum(len(parts[i]) * triton.cdiv(grads[i].shape[1], BLOCK_COLUMNS) for i in working),
-        used[0].device,
-        (
-            *(tuple(used), tuple(activated), tuple(written), tuple(parts[i] for i in working)),
-            tuple(odd(*grad.shape) for grad in used),
-        ),
-        GELU=bool(pre_activations),
-        ALIGN=matrix_layout([*used, *activated, *written])[1],
-        ITEM_BYTES=used[0].element_size(),
-        ROWS=SUM_ROWS,
-        BLOCK_M=BLOCK_ROWS,
-        BLOCK_N=BLOCK_COLUMNS,
-        num_warps=4,
-    )
-    return parts
-
-
-@triton.jit
-def _column_sums_kernel(
-    grads,
-    pre_activations,
-    results,
-    partials,
-    numbers,
-    GELU: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ITEM_BYTES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Column sums over ROWS rows of matrices, or of grad ∘ GELU'(pre_activation), which is written as well.
-
-    `numbers` holds M and N of each. Bytes: M·N·itemsize read, with GELU twice that and as many written.
-    """
-    tile = tl.program_id(0)
-    grad_address = grads[0].to(tl.int64)
-    pre_address = pre_activations[0].to(tl.int64)
-    result_address = results[0].to(tl.int64)
-    partial_ptr = partials[0]
-    rows = half(numbers[0][0])
-    columns = half(numbers[0][1])
-    next_tile = tl.cdiv(rows, ROWS) * tl.cdiv(columns, BLOCK_N)
-    tile_begin = 0
-    for i in tl.static_range(1, len(numbers)):
-        if tile >= next_tile:
-            grad_address = grads[i].to(tl.int64)
-            pre_address = pre_activations[i].to(tl.int64)
-            result_address = results[i].to(tl.int64)
-            partial_ptr = partials[i]
-            rows = half(numbers[i][0])
-            columns = half(numbers[i][1])
-            tile_begin = next_tile
-            next_tile += tl.cdiv(rows, ROWS) * tl.cdiv(columns, BLOCK_N)
-    grad_ptr = tl.multiple_of(grad_address.to(grads[0].dtype), ALIGN * ITEM_BYTES)
-    pre_ptr = tl.multiple_of(pre_address.to(pre_activations[0].dtype), ALIGN * ITEM_BYTES)
-    result_ptr = tl.multiple_of(result_address.to(results[0].dtype), ALIGN * ITEM_BYTES)
-    across = tl.cdiv(columns, BLOCK_N)
-    part = (tile - tile_begin) // across
-    column = (tile - tile_begin) % across * BLOCK_N
-    n = column + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for row in range(part * ROWS, tl.minimum(part * ROWS + ROWS, rows), BLOCK_M):
-        offsets, inside = tile_offsets(row, column, rows, columns, BLOCK_M, BLOCK_N, ALIGN)
-        values = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        if GELU:
-            pre = tl.load(pre_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-            values *= gelu_derivative(pre)
-            tl.store(result_ptr + offsets, values.to(result_ptr.dtype.element_ty), mask=inside)
-        total += tl.sum(values, axis=0)
-    tl.store(partial_ptr + part.to(tl.int64) * columns + n, total, mask=n < columns)
+def _column_sums(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """In parts, (parts, N) float32 each."""
+    return [parts[0] for parts in token_sums([matrix.unsqueeze(0) for matrix in matrices])]
