@@ -55,6 +55,8 @@ class SceneDataset(Dataset):
             raise ValueError(
                 f"num_scenes is {num_scenes} and first is {first}; expected at least one scene, numbers from 0 up"
             )
+        if high_res_size < 1:
+            raise ValueError(f"high_res_size is {high_res_size}; expected at least 1 pixel")
         self.split = split
         self.num_scenes = num_scenes
         self.turns = turns

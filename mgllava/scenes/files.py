@@ -58,7 +58,8 @@ def write_split(
         ValueError: what `SceneDataset` refuses, or a folder begun with other arguments.
         OSError: the disk is full or not writable.
     """
-    SceneDataset(split, num_scenes, turns=turns, families=families, first=first)  # refuses what is wrong
+    # Refuses what is wrong.
+    SceneDataset(split, num_scenes, turns=turns, families=families, first=first, high_res_size=high_res_size)
     settings = {
         "split": split,
         "num_scenes": num_scenes,

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.svm import SVC
 
 from .objects import CANVAS, DIGIT, SIZES
 from .render import render
@@ -19,7 +18,7 @@ from .scene import Thing, sample_scene
 __all__ = ["Legibility", "measure_legibility"]
 
 PATCH = 14  # side of a ViT's patch, and of the crops the classifier sees, whatever the thing's size
-MOST_CROPS = 6000  # to fit one machine on
+MOST_CROPS = 4000  # to fit one machine on
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ def measure_legibility(
     num_train: int = 3000, num_test: int = 1000, *, low_res_size: int = 112
 ) -> list[Legibility]:
     """Fit on things of the training split, read those of the test split: values of digits, kinds of shapes."""
+    from sklearn.svm import SVC
+
     train, test = (
         list(_crops(*scenes, low_res_size)) for scenes in (("train", num_train), ("test", num_test))
     )
@@ -69,6 +70,8 @@ def measure_legibility(
         for size in SIZES:
             chosen = np.array([crop.thing.size == size for crop in unseen])
             heights = [crop.thing.height for crop in unseen if crop.thing.size == size]
+            if not heights:
+                continue
             pixels = float(np.mean(heights)) * low_res_size / CANVAS
             scores = {view: float(hits[chosen].mean()) for view, hits in right.items()}
             rows.append(Legibility(what, size, len(heights), pixels, **scores))

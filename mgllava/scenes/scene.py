@@ -25,6 +25,8 @@ COUNTS: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 FRAMED_SHARE = 0.6
 
+# Less blurs the strokes of an 8x8 picture; more, and a frame around it does not fit its place.
+DIGIT_HEIGHTS = (10.0, 46.0)
 MARGIN = 4.0  # between a thing and the edge of its place
 GAP = 6.0  # between things
 DIGIT_GAP = 24.0  # between the centres of digits, from left to right
@@ -193,11 +195,11 @@ def _lay_out(rng: Random, plan: list[dict]) -> list[Thing] | None:
 def _with_size(rng: Random, attributes: dict) -> dict:
     size = rng.choices(list(SIZE_SHARES), list(SIZE_SHARES.values()))[0]
     smallest, largest = SIZES[size]
-    height = width = rng.uniform(smallest, largest)
-    angle = math.radians(rng.uniform(-12, 12))
-    if attributes["kind"] == DIGIT:
-        # A frame around a digit of more than 46 pixels would not fit its place.
-        height = min(max(height, 10.0), 46.0)
+    if attributes["kind"] != DIGIT:
+        height = width = rng.uniform(smallest, largest)
+        angle = math.radians(rng.uniform(-12, 12))
+    else:
+        height = rng.uniform(max(smallest, DIGIT_HEIGHTS[0]), min(largest, DIGIT_HEIGHTS[1]))
         left, top, right, bottom = ink_bounds(attributes["picture"])
         width = min(height * (right - left) / (bottom - top) * rng.uniform(0.9, 1.15), height)
         angle = math.radians(rng.uniform(-8, 8))
