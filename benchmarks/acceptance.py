@@ -71,7 +71,7 @@ class Line:
             launch, other = other, launch
             found, missing = self._values(comparisons, launch)
         if not found:
-            return Verdict(self.text, wanted, "no rows", NOT_MEASURED)
+            return Verdict(self.text, wanted, "nothing to compare", NOT_MEASURED)
         worst = (min if self.least else max)(found, key=found.__getitem__)
         met = found[worst] >= self.bound if self.least else found[worst] <= self.bound
         text = self.unit(found[worst])

@@ -156,13 +156,15 @@ def _cores() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shards", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the records and logs")
-    parser.add_argument("--shards", type=int, default=min(8, _cores()), help="processes; default %(default)s")
+    parser.add_argument(
+        "--shards", type=int, default=min(12, _cores()), help="processes; default %(default)s"
+    )
     parser.add_argument("--hangs-after", type=float, default=HANGS_AFTER, help="seconds; default %(default)s")
-    parser.add_argument("arguments", nargs="*", help="for pytest: files, folders; options after --")
-    options = parser.parse_args()
+    parser.add_argument("arguments", nargs="*", help="files and folders for pytest, and its options")
+    options, for_pytest = parser.parse_known_args()
     # What stops this program stops its children too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    errors = run(options.arguments, options.folder, options.shards, options.hangs_after)
+    errors = run([*options.arguments, *for_pytest], options.folder, options.shards, options.hangs_after)
     results = read_results(options.folder)
     for test, reason in sorted(results.failed.items()):
         print(f"FAILED {test}: {reason}")
