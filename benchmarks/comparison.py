@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from benchmarks.rows import Row
 
-# What `auto` takes on a device, and what it replaces: plain RoIAlign has no composition of MG-LLaVA's behind it.
-PACKAGE = {"cpu": ("torch",), "gpu": ("triton", "torch")}
+# What `auto` takes on a device (`mgllava` is what has no backends), and what it replaces: plain RoIAlign has no
+# composition of MG-LLaVA's behind it.
+PACKAGE = {"cpu": ("torch", "mgllava"), "gpu": ("triton", "torch", "mgllava")}
 BASELINES = ("original", "torchvision")
 # Providers of this package; the others are rivals.
-OURS = ("torch", "triton", "auto")
+OURS = ("torch", "triton", "mgllava")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Comparison:
     def ours(self) -> Row | None:
         """This package's row: timed or with the reason why not."""
         names = PACKAGE["cpu" if self.first.kind == "cpu" else "gpu"]
-        return next((self.rows[name] for name in ("auto", *names) if name in self.rows), None)
+        return next((self.rows[name] for name in names if name in self.rows), None)
 
     @property
     def baseline(self) -> Row | None:

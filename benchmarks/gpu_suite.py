@@ -142,8 +142,10 @@ def plan(output: Path) -> tuple[Part, ...]:
     tune = ("-m", "mgllava_kernels.tune", "--output", str(tuned))
     command_line = ("triton", "typer", "rich")
     forward = ("pooled_roi_align", "grouped_mlp_projector", "roi_align", "conv_gate_fusion")
-    backward = ("pooled_roi_align_backward", "roi_align_backward", "grouped_mlp_projector_backward")
-    last = ("conv_gate_fusion_backward",)
+    backward = (
+        *("pooled_roi_align_backward", "roi_align_backward"),
+        *("grouped_mlp_projector_backward", "conv_gate_fusion_backward"),
+    )
 
     def options(ops: Sequence[str], *dtypes: str) -> tuple[str, ...]:
         return tuple(word for op in ops for word in ("--op", op)) + tuple(
@@ -165,7 +167,7 @@ def plan(output: Path) -> tuple[Part, ...]:
         Part(
             "compile",
             "kernels of the published sizes, on all CPU cores",
-            1.5,
+            1.25,
             (
                 Step("compile-bfloat16", (*aot, "--dtype", "bfloat16"), command_line),
                 Step("compile-others", (*aot, "--dtype", "float32", "--dtype", "float16"), command_line),
@@ -174,42 +176,43 @@ def plan(output: Path) -> tuple[Part, ...]:
         Part(
             "tests",
             "kernels in every dtype against golden values, naive loops and torchvision",
-            4.5,
+            4.25,
             (tests("tests", *kernels),),
             results_of("tests"),
         ),
         Part(
             "verdict",
             "main cases with the heuristics' launch parameters",
-            4,
+            3.75,
             _main_cases("verdict", heuristics, None),
             lambda output: _rows_of(output / "results_before_tuning"),
         ),
         Part(
             "tune",
             "launch parameters for this GPU",
-            5.5,
+            5,
             (
                 Step(
                     "tune-compile",
                     (*aot, "--candidates", *options(forward, "bfloat16")),
                     command_line,
-                    at_most=1.75,
+                    at_most=1.5,
                 ),
-                Step("tune-forward", (*tune, *options(forward, "bfloat16")), command_line),
+                # One command an op: an error of CUDA ends a command.
+                *(Step(f"tune-{op}", (*tune, *options([op], "bfloat16")), command_line) for op in forward),
                 Step(
                     "tune-regions",
                     (*tune, *options(["roi_align", "roi_align_backward"], "float32")),
                     command_line,
                 ),
-                Step("tune-backward", (*tune, *options((*backward, *last), "bfloat16")), command_line),
+                *(Step(f"tune-{op}", (*tune, *options([op], "bfloat16")), command_line) for op in backward),
             ),
             lambda output: _entries_of(output / "tuned"),
         ),
         Part(
             "benchmarks",
             "main cases with the tuned launch parameters, then with rivals that torch.compile makes",
-            5.5,
+            5,
             (
                 *_main_cases("tuned", results, tuned),
                 *(
@@ -235,7 +238,7 @@ def plan(output: Path) -> tuple[Part, ...]:
         Part(
             "curves",
             "cost and memory against boxes, pictures and picture size",
-            2,
+            1.75,
             tuple(
                 _measure(
                     *(f"curves-{op}", results, f"--op {op} --mode forward --budget 1"),
@@ -247,9 +250,28 @@ def plan(output: Path) -> tuple[Part, ...]:
             lambda output: _rows_of(output / "results"),
         ),
         Part(
+            "models",
+            "towers and neck, first token, generation, a training step, at published sizes",
+            2.25,
+            tuple(
+                _measure(
+                    *(f"models-{op}", results, f"--op {op} {case} --mode {mode} --budget 3"),
+                    *(word for name in EAGER for word in ("--provider", name)),
+                    tuned=tuned,
+                )
+                for op, case, mode in (
+                    ("vision_flow", "--case '8 pictures, 100 boxes each'", "forward"),
+                    ("first_token", "--case '1 picture, 100 boxes'", "forward"),
+                    ("generation", "--case '1 picture, 100 boxes'", "forward"),
+                    ("training_step", "--case '2 pictures, 100 boxes each'", "both"),
+                )
+            ),
+            lambda output: _rows_of(output / "results"),
+        ),
+        Part(
             "more tests",
             "the other tests of the kernels and of the benchmarks",
-            1.25,
+            1,
             (
                 tests(
                     "more-tests",

@@ -176,8 +176,13 @@ def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
         if len(ends) > 1 or ends[0] < 1:
             _value(axes, ends[0], line, right=False)
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.5) * 0.8, high * 1.8)
+    values = [
+        value
+        for one in chosen
+        for value in (one.speed_up(one.baseline), one.speed_up(one.best_rival))
+        if value
+    ]
+    axes.set_xlim(0.4 * min(1, *values), 2.5 * max(1, *values))  # room for the numbers
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(chosen)), [_label(one) for one in chosen], fontsize=8)
@@ -263,11 +268,13 @@ def curves(comparisons: Sequence[Comparison], axis: str, launch: str = "eager") 
         fixed = {name: value for name, value in CURVES[axis].items() if has_boxes or name != "boxes"}
         if axis == "boxes" and not has_boxes:
             continue
-        on_axis = [one for one in own if all(one.first.shape.get(k) == v for k, v in fixed.items())]
-        by_dtype: dict[str, dict[int, Comparison]] = {}
-        for one in on_axis:
-            by_dtype.setdefault(one.first.dtype, {})[one.first.shape[axis]] = one
-        points = max(by_dtype.values(), key=len, default={})
+        # Only the value on the axis differs along a curve.
+        alike: dict[tuple[object, ...], dict[int, Comparison]] = {}
+        for one in own:
+            if all(one.first.shape.get(name) == value for name, value in fixed.items()):
+                others = sorted(item for item in one.first.shape.items() if item[0] != axis)
+                alike.setdefault((one.first.dtype, *others), {})[one.first.shape[axis]] = one
+        points = max(alike.values(), key=len, default={})
         if len(points) >= 3:
             found.append(Curve(op, dict(sorted(points.items()))))
     return found
@@ -314,7 +321,7 @@ def cost(comparisons: Sequence[Comparison], place: Place, axis: str) -> Figure |
             ("this package", OURS, curve.values(lambda one: time(one.ours))),
         ]
 
-    unit = "time / this package's first time" if on_cpu else "time, ms"
+    unit = "time (this package's first = 1)" if on_cpu else "time, ms"
     where = "" if on_cpu else ", in CUDA graphs" if found and _launch(found[0]) == "graph" else ", launched"
     return _panels(found, axis, lines, unit, f"Cost against {GROWTH[axis]} on {place.device}{where}")
 

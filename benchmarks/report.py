@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.comparison import BASELINES, Comparison, Place, compare, places
-from benchmarks.registry import BENCHMARKS
+from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.rows import RESULTS, Row, read_all
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ def _prediction(name: str) -> list[str]:
         "",
     ]
     cells = []
-    for benchmark in BENCHMARKS.values():
+    for benchmark in OPS.values():
         for case in benchmark.cases:
-            if mode in case.modes:
+            if mode in case.modes and benchmark.cost is not None:
                 cost = benchmark.cost(case.sizes, getattr(torch, dtype), mode)
                 by_bytes = cost.bytes / ceilings.bandwidth >= cost.flops / ceilings.matmul[dtype]
                 cells.append(
@@ -250,7 +250,7 @@ def _detail_names(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _details(comparison: Comparison, all_of_them: Sequence[Comparison], absolute: bool) -> list[str]:
-    """Further numbers of this package: as they are, or as multiples of the baseline's."""
+    """Further numbers of this package: as they are, or on a CPU as multiples of the baseline's, if there is one."""
     ours, baseline, cells = comparison.ours, comparison.baseline, []
     for name in _detail_names(all_of_them):
         value = None if ours is None else ours.details.get(name)
@@ -259,8 +259,12 @@ def _details(comparison: Comparison, all_of_them: Sequence[Comparison], absolute
             cells.append("-")
         elif absolute:
             cells.append(f"{value:,.4g}")
+        elif other:
+            cells.append(f"{value / other:.2f} times the original's")
         else:
-            cells.append("-" if not other else f"{value / other:.2f} times the original's")
+            cells.append(
+                "-" if any(name in comparison.rows for name in BASELINES) else f"{value:,.4g} on this machine"
+            )
     return cells
 
 

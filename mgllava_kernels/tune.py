@@ -149,7 +149,7 @@ class Tuner:
         output: folder of the tables; entries that are there are kept.
         measure: times a call; tests pass a clock of their own.
         conditions: stored in the tables with the entries of this run.
-        console: gets a line for each entry.
+        console: gets a line for each entry and for each candidate that is left out.
     """
 
     def __init__(
@@ -242,6 +242,10 @@ class Tuner:
                 raise
             reason, wrong = f"{error}", False
         self.skipped.append(Skipped(request.space.kernel, config, reason, wrong))
+        # At once: an interrupted run would take it along.
+        self.console.print("[bold red]wrong:[/]" if wrong else "[yellow]skipped:[/]", end=" ")
+        line = f"{request.space.kernel}, {config}: {reason}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         return None
 
     @contextmanager
@@ -374,10 +378,6 @@ def main(
         console.print("[bold red]error:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    for skipped in tuner.skipped:
-        line = f"{skipped.kernel}, {skipped.config}: {skipped.reason}"
-        console.print("[bold red]wrong:[/]" if skipped.wrong else "[yellow]skipped:[/]", end=" ")
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if folder.resolve() not in [found.resolve() for found in tables.folders()]:
         console.print(f"to use these tables set {tables.ENVIRONMENT_VARIABLE}={folder}", soft_wrap=True)
     if any(skipped.wrong for skipped in tuner.skipped):

@@ -6,6 +6,7 @@ costs.
 
 import io
 import json
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -192,6 +193,16 @@ def test_a_candidate_with_other_results_is_not_timed(tmp_path):
     assert "differs by 5.0e-01 relatively" in skipped.reason
     assert wrong not in clock.measured
     assert written(tmp_path).entries[0].config == HEURISTIC
+
+
+def test_what_is_left_out_is_told_at_once(tmp_path):
+    """A run that is stopped later would take it along."""
+    run = tuner(tmp_path, Clock(b16=3.0))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run.run([op(space=space([config(32, factor=3), config(64), config(256)]))], [torch.float32])
+    told = run.console.file.getvalue()
+    assert re.search(r"wrong: double, .*BLOCK=32 .*differs by 5.0e-01 relatively", told)
+    assert re.search(r"skipped: double, .*BLOCK=64 .*out of resource", told)
 
 
 def test_a_defect_of_the_heuristics_config_is_not_swallowed(tmp_path):

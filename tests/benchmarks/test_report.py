@@ -1,0 +1,419 @@
+"""The report's numbers: ratios within one run only, losses in words, reasons, predictions; the acceptance of a GPU."""
+
+import dataclasses
+import importlib.util
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import acceptance, comparison, report, rows, runner
+from benchmarks.acceptance import MET, MISSED, NOT_MEASURED
+from benchmarks.comparison import compare, places
+from benchmarks.registry import BENCHMARKS, OPS
+from benchmarks.rows import Row
+
+ROOT = Path(report.__file__).parents[1]
+GPU = "NVIDIA H100 80GB HBM3"
+RUN = "2026-01-01T10:00:00+00:00"
+LATER = "2026-01-02T10:00:00+00:00"
+
+with_plots = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib: draws plots"
+)
+
+
+def row(provider: str = "torch", median: float | None = 1.0, **values) -> Row:
+    """A row of the neck on a CPU; without a median it was not timed."""
+    times = None
+    if median is not None:
+        factors = {"min": 0.8, "p20": 0.9, "median": 1.0, "p80": 1.25, "max": 2.0}
+        times = {name: median * factor for name, factor in factors.items()}
+    fixed = {
+        "op": "neck",
+        "kind": "cpu",
+        "device": "a CPU, 2 threads",
+        "case": "1 picture, 10 boxes",
+        "shape": {"images": 1, "boxes": 10, "canvas": 768},
+        "dtype": "float32",
+        "mode": "forward",
+        "provider": provider,
+        "launch": "eager",
+        "versions": {"torch": "2.11"},
+        "commit": "abc",
+        "run": RUN,
+        "origin": "a test",
+        "milliseconds": times,
+        "error": 3e-7,
+        "tolerance": 1e-5,
+    }
+    return Row(**(fixed | values))
+
+
+def gpu_row(provider: str = "triton", median: float | None = 1.0, **values) -> Row:
+    return row(provider, median, **({"kind": GPU, "device": GPU, "dtype": "bfloat16"} | values))
+
+
+def cells(text: str, start: str) -> list[str]:
+    """The cells of the first table line that starts so."""
+    (line, *_) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def column(text: str, start: str, name: str) -> str:
+    """A cell by the name of its column."""
+    header = next(line for line in text.splitlines() if line.startswith("| case |"))
+    names = [cell.strip() for cell in header.strip("|").split(" | ")]
+    return cells(text, start)[names.index(name)]
+
+
+def test_providers_of_this_package_are_those_of_the_runner():
+    assert set(comparison.OURS) == set(runner.OURS)
+    named = {one.name for benchmark in BENCHMARKS.values() for one in benchmark.providers}
+    assert named >= {"original", "torchvision", *comparison.OURS}
+    for benchmark in BENCHMARKS.values():
+        if any(one.name not in comparison.OURS for one in benchmark.providers):
+            assert benchmark.providers[0].name in comparison.BASELINES
+
+
+def test_a_cpu_shows_ratios_and_no_times():
+    text = report.markdown(
+        [row("original", 345.678, extra_bytes=4_000_000_000), row("torch", 31.0, extra_bytes=44_200_000)]
+    )
+    assert column(text, "1 picture, 10 boxes", "× original") == "11.2"
+    assert column(text, "1 picture, 10 boxes", "p20 to p80") == "8.03 to 15.5"
+    assert column(text, "1 picture, 10 boxes", "extra MB") == "44.2"
+    assert column(text, "1 picture, 10 boxes", "original's") == "4,000.0"
+    assert "345" not in text
+    assert "31.0" not in text
+    assert "not to be compared between machines" in text
+
+
+def test_conditions_stand_beside_the_table():
+    text = report.markdown([row("original"), row(run=LATER, commit="def-dirty")])
+    assert "a CPU, 2 threads; commit abc, def-dirty; 2026-01-01 10:00 to 2026-01-02 10:00 UTC." in text
+    assert "torch 2.11." in text
+    assert "Sizes: a test." in text
+
+
+def test_a_loss_is_said_as_plainly_as_a_win():
+    text = report.markdown([row("original", 8.0), row("torch", 10.0)])
+    assert column(text, "1 picture, 10 boxes", "× original") == "**0.80, slower**"
+
+
+def test_a_ratio_is_of_one_run():
+    """The original's newer time, measured on its own, gives no ratio with the older time of this package."""
+    old = [row("original", 10.0), row("torch", 2.0)]
+    alone = row("original", 100.0, run=LATER, commit="def")
+    (one,) = compare([*old, alone])
+    assert one.speed_up(one.baseline) == 5.0
+    again = [row("original", 30.0, run=LATER, commit="ghi"), row("torch", 10.0, run=LATER, commit="ghi")]
+    for order in itertools.permutations([*old, *again]):
+        (one,) = compare(order)
+        assert one.speed_up(one.baseline) == 3.0
+    (one,) = compare([row("original", 10.0), row("torch", 2.0, run=LATER)])
+    assert one.speed_up(one.best_rival) is None
+
+
+def test_places_are_kept_apart():
+    here, there = row("original", 10.0), row("torch", 1.0, device="another CPU")
+    newer = row("torch", 1.0, versions={"torch": "2.15"})
+    found = places([here, there, newer, gpu_row()])
+    assert [len(own) for own in found.values()] == [1, 1, 1, 1]
+    assert next(iter(found)).kind == GPU
+    text = report.markdown([here, there, newer])
+    assert text.count("### neck") == 3
+    assert "10.0" not in text
+
+
+def test_a_gpu_shows_times_and_the_best_rival():
+    measured = [
+        gpu_row("original", 30.0),
+        gpu_row("original compiled", 8.0),
+        gpu_row("original max-autotune", 6.0),
+        gpu_row("torch", 1.0),
+        gpu_row("triton", 2.0, share=0.625),
+    ]
+    text = report.markdown(measured)
+    start = "1 picture, 10 boxes"
+    assert column(text, start, "ms") == "2.0000"
+    assert column(text, start, "× original") == "15.0"
+    assert column(text, start, "best rival, ms") == "6.0000 (original max-autotune)"
+    assert column(text, start, "× best rival") == "3.00"
+    assert column(text, start, "of floor") == "62%"
+    assert "not yet measured" not in text
+
+
+def test_launches_and_graphs_have_rows_of_their_own():
+    measured = [
+        gpu_row(provider, median, launch=launch)
+        for launch, medians in (("eager", (6.0, 3.0)), ("graph", (5.0, 1.0)))
+        for provider, median in zip(("original", "triton"), medians, strict=True)
+    ]
+    text = report.markdown(measured)
+    assert [line.split(" | ")[3:8:4] for line in text.splitlines() if line.startswith("| 1 picture")] == [
+        ["eager", "2.00"],
+        ["graph", "5.00"],
+    ]
+
+
+def test_wrong_and_refused_providers_are_listed_with_their_reason():
+    measured = [
+        row("original", None, reason="would take about 36 GB beside its inputs; 20 GB are free"),
+        row("original compiled", None, reason="failed: RuntimeError: a | b"),
+        row(
+            "torch",
+            None,
+            wrong=True,
+            error=0.1,
+            reason="wrong: relative error 1.0e-01, at most 1e-05 is right",
+        ),
+        row("another rival", 3.0),
+    ]
+    text = report.markdown(measured)
+    listed = text.partition("Not timed:")[2].splitlines()[2:5]
+    assert listed == [
+        "- **wrong**: `torch`: wrong: relative error 1.0e-01, at most 1e-05 is right "
+        "(1 picture, 10 boxes, float32, forward)",
+        "- `original`: would take about 36 GB beside its inputs; 20 GB are free "
+        "(1 picture, 10 boxes, float32, forward)",
+        "- `original compiled`: failed: RuntimeError: a \\| b (1 picture, 10 boxes, float32, forward)",
+    ]
+    assert column(text, "1 picture, 10 boxes", "× original") == "**wrong**"
+
+
+def test_a_refused_original_sends_to_the_list():
+    text = report.markdown([row("original", None, reason="too large"), row("torch", 2.0)])
+    assert column(text, "1 picture, 10 boxes", "× original") == "not timed"
+
+
+def test_rates_are_ratios_on_a_cpu_and_numbers_on_a_gpu():
+    rate = "tokens_per_second"
+    on_cpu = [row("original", 10.0, details={rate: 20.0}), row("torch", 8.0, details={rate: 25.0})]
+    assert column(report.markdown(on_cpu), "1 picture, 10 boxes", rate) == "1.25 times the original's"
+    without_rival = report.markdown([row("mgllava", 8.0, details={rate: 25.0})])
+    assert column(without_rival, "1 picture, 10 boxes", rate) == "25 on this machine"
+    on_gpu = [gpu_row("original", 10.0, details={rate: 20.0}), gpu_row("triton", 8.0, details={rate: 25.0})]
+    assert column(report.markdown(on_gpu), "1 picture, 10 boxes", rate) == "25"
+
+
+def test_without_a_gpu_there_is_a_prediction_marked_as_one():
+    text = report.markdown([row("original", 10.0), row("torch")], predicted="A100")
+    section = text.partition("## GPUs: not yet measured")[2].partition("\n## ")[0]
+    assert "**prediction**" in section
+    assert "NVIDIA A100 80GB SXM" in section
+    # 26.5 MB of maps and the vectors at 2.039 TB/s.
+    line = next(
+        line
+        for line in section.splitlines()
+        if line.startswith("| pooled_roi_align | 1 picture, 100 boxes |")
+    )
+    assert 13.0 < float(line.split(" | ")[4]) < 13.5
+    listed = {
+        line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.count(" | ") == 5
+    }
+    assert listed >= set(OPS)
+
+
+def test_no_rows_at_all_make_a_report():
+    assert "not yet measured" in report.markdown([])
+
+
+def test_the_same_rows_make_the_same_bytes_in_any_process(tmp_path):
+    measured = [row("original", 10.0), row("torch", 2.0), gpu_row(), gpu_row("original", 4.0)]
+    rows.add(measured, tmp_path)
+    (tmp_path / "README.md").write_text("of an earlier report")
+    command = [sys.executable, "-m", "benchmarks.report", "--results", str(tmp_path)]
+    texts = set()
+    for _ in range(2):
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+        texts.add((tmp_path / "README.md").read_bytes())
+    assert len(texts) == 1
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_interrupted_report_leaves_the_old_one(tmp_path, monkeypatch):
+    rows.add([row()], tmp_path)
+    (tmp_path / "README.md").write_text("old")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "old"
+
+
+def test_without_matplotlib_the_tables_are_written_and_no_plot_is_linked(tmp_path, monkeypatch):
+    rows.add([row("original", 10.0), row()], tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert report.write(tmp_path) == [tmp_path / "README.md"]
+    assert ".png" not in (tmp_path / "README.md").read_text()
+
+
+def grown() -> list[Row]:
+    """Curves of the neck on a CPU and a GPU; the original is refused at 1,000 boxes."""
+    found = []
+    for make, ours in ((row, "torch"), (gpu_row, "triton")):
+        for boxes in (0, 1, 10, 100, 1000):
+            shape = {"images": 1, "boxes": boxes, "canvas": 768}
+            case = {"case": f"1 picture, {boxes} boxes", "shape": shape}
+            refused = {"median": None, "reason": "too large"} if boxes == 1000 else {"median": 5.0 + boxes}
+            found.append(make("original", extra_bytes=10**9 + 10**7 * boxes, **case, **refused))
+            found.append(make(ours, 1.0 + boxes / 500, extra_bytes=10**7, share=0.5, **case))
+        # Another axis, and the same number of boxes with other sizes: no points of this curve.
+        shape = {"images": 8, "boxes": 100, "canvas": 768}
+        found.append(make(ours, 99.0, case="8 pictures, 100 boxes each", shape=shape))
+    return found
+
+
+@with_plots
+def test_curves_have_one_point_for_each_value_of_their_axis():
+    from benchmarks import plots
+
+    found = compare([one for one in grown() if one.kind == "cpu"])
+    (curve,) = plots.curves(found, "boxes")
+    xs, ys = curve.values(lambda one: comparison.median(one.ours))
+    assert xs == [0, 1, 10, 100, 1000]
+    assert ys == [1.0, 1.002, 1.02, 1.2, 3.0]
+    assert curve.values(lambda one: one.baseline and 1.0)[0] == [0, 1, 10, 100]
+    assert plots.curves(found, "canvas") == []
+
+
+@with_plots
+def test_plots_are_written_linked_and_the_same_every_time(tmp_path):
+    rows.add(grown(), tmp_path)
+    written = report.write(tmp_path)
+    plots = sorted(path for path in written if path.suffix == ".png")
+    kinds = ("cpu", "NVIDIA_H100_80GB_HBM3")
+    names = ("speed_up", "share_of_floor", "memory_against_boxes", "cost_against_boxes")
+    assert {path.name for path in plots} == {f"{name}.{kind}.png" for name in names for kind in kinds}
+    text = (tmp_path / "README.md").read_text()
+    for path in plots:
+        assert f"]({path.name})" in text
+        assert path.read_bytes().startswith(b"\x89PNG")
+    before = {path: path.read_bytes() for path in plots}
+    report.write(tmp_path)
+    assert {path: path.read_bytes() for path in plots} == before
+
+
+@with_plots
+def test_a_cpu_s_cost_is_in_units_of_this_package_s_own_time():
+    from benchmarks import plots
+
+    measured = [one for one in grown() if one.kind == "cpu"]
+    (place,) = places(measured)
+    figure = plots.cost(compare(measured), place, "boxes")
+    lines = {tuple(line.get_xdata()): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    unit = 1.002  # one box: with none there may be nothing to do
+    assert lines[0, 1, 10, 100, 1000] == pytest.approx([y / unit for y in (1.0, 1.002, 1.02, 1.2, 3.0)])
+    assert lines[0, 1, 10, 100] == pytest.approx([y / unit for y in (5.0, 6.0, 15.0, 105.0)])
+
+
+def measured_lines(slack: float) -> list[Row]:
+    """Rows of a GPU that meet every bound of the acceptance with `slack` above 1, and miss it below."""
+    found = []
+    for line, number in zip(acceptance.LINES, itertools.count()):
+        bound = line.bound * slack if line.least else line.bound / slack
+        for case, dtype in itertools.product(line.cases, line.dtypes):
+            fixed = {"op": line.op, "case": case, "dtype": dtype, "mode": line.mode}
+            fixed |= {"run": f"2026-01-01T10:{number:02d}:00+00:00"}
+            own = {"median": 1.0, "extra_bytes": 1000}
+            rivals = {"original": 1e9, "original max-autotune": 1e9, "torchvision": 1e9, "cuBLAS bias": 1e9}
+            if "share" in line.text and "memory" not in line.text:
+                own["share"] = bound
+            elif "memory" in line.text:
+                own["extra_bytes"] = int(1000 * bound)
+            elif line.bound == 40:
+                own["median"] = bound / 1e3
+            else:
+                name = "cuBLAS bias" if "best torch call" in line.text else None
+                name = name or next(
+                    one for one in ("max-autotune", "torchvision", "original") if one in line.text
+                )
+                rivals["original max-autotune" if name == "max-autotune" else name] = bound
+            for launch in ("eager", "graph"):
+                found.append(gpu_row("triton", launch=launch, **(fixed | own)))
+                for name, median in rivals.items():
+                    found.append(gpu_row(name, median, launch=launch, extra_bytes=1000, **fixed))
+    return found
+
+
+@pytest.mark.parametrize(
+    "number", range(len(acceptance.LINES)), ids=lambda number: acceptance.LINES[number].text
+)
+@pytest.mark.parametrize(("slack", "state"), [(1.01, MET), (0.99, MISSED)])
+def test_each_line_of_the_acceptance_is_judged_on_both_sides(number, slack, state):
+    line = acceptance.LINES[number]
+    runs = f"2026-01-01T10:{number:02d}:00+00:00"
+    own = [one for one in measured_lines(slack) if one.run == runs]
+    (verdict,) = acceptance.judge(own, [line])
+    assert verdict.state == state, verdict
+    assert str(verdict).startswith(state.upper())
+    unit = line.unit(line.bound)
+    assert unit in verdict.wanted
+    assert line.unit(line.bound * slack if line.least else line.bound / slack) in verdict.found
+
+
+def a_line(**changes) -> acceptance.Line:
+    line = next(line for line in acceptance.LINES if line.op == "conv_gate" and len(line.cases) == 2)
+    return dataclasses.replace(line, **changes)
+
+
+def conv_gate(
+    case: str, original: float | None, ours: float | None = 1.0, launch: str = "graph", **values
+) -> list[Row]:
+    fixed = {"op": "conv_gate", "case": case, "launch": launch}
+    reason = {"reason": "refused"} if original is None else {}
+    rivals = [gpu_row("original max-autotune", original, **fixed, **reason)]
+    return [*rivals, gpu_row("triton", ours, **fixed, **values)]
+
+
+def test_the_worst_case_decides():
+    verdict = a_line().judge(compare([*conv_gate("1 picture", 3.0), *conv_gate("32 pictures", 0.9)]))
+    assert verdict.state == MISSED
+    assert verdict.found == "0.9 times at 32 pictures, the least of 2 in a CUDA graph"
+
+
+def test_a_case_without_a_rival_leaves_the_line_open_unless_it_is_missed_already():
+    for original, state in ((3.0, NOT_MEASURED), (0.9, MISSED)):
+        verdict = a_line().judge(
+            compare([*conv_gate("1 picture", original), *conv_gate("32 pictures", None)])
+        )
+        assert verdict.state == state
+        assert verdict.found.endswith("not measured: 32 pictures")
+
+
+def test_nothing_measured_is_not_met():
+    assert {verdict.state for verdict in acceptance.judge([])} == {NOT_MEASURED}
+    assert {verdict.state for verdict in acceptance.judge([row("original", 9.0), row()])} == {NOT_MEASURED}
+
+
+def test_a_kernel_that_is_wrong_misses_the_line():
+    wrong = conv_gate("1 picture", 3.0, None, wrong=True, reason="wrong: relative error 1e-1")
+    verdict = a_line().judge(compare([*wrong, *conv_gate("32 pictures", 3.0)]))
+    assert verdict.state == MISSED
+    assert "wrong: relative error" in verdict.found
+
+
+def test_launched_times_are_judged_where_a_graph_cannot_be_captured():
+    launched = [*conv_gate("1 picture", 3.0, launch="eager"), *conv_gate("32 pictures", 2.0, launch="eager")]
+    verdict = a_line().judge(compare(launched))
+    assert (verdict.state, verdict.found) == (
+        MET,
+        "2 times at 32 pictures, the least of 2 launched by the host",
+    )
+
+
+def test_projectors_without_cublas_have_no_verdict():
+    line = next(line for line in acceptance.LINES if "best torch call" in line.text)
+    own = [
+        gpu_row(name, median, op="projectors", case=case, launch="graph")
+        for case in line.cases
+        for name, median in (("original", 3.0), ("triton", 1.0))
+    ]
+    assert line.judge(compare(own)).state == NOT_MEASURED
