@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -76,6 +77,7 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
     """
     output = Path(recipe.output)
     _check_output(recipe, output)
+    _check_surroundings(recipe)
     arguments = _training_arguments(recipe)
     with arguments.main_process_first(desc="putting the model together"):
         _assemble_if_missing(recipe)
@@ -146,6 +148,20 @@ def _check_output(recipe: Recipe, output: Path) -> None:
         raise RecipeError(
             f"output is {output}, which holds checkpoints of something else; choose another folder"
         )
+
+
+def _check_surroundings(recipe: Recipe) -> None:
+    """What the recipe names outside of itself must be there."""
+    if recipe.neck is not None and not Path(recipe.neck).exists():
+        raise RecipeError(f"neck is {recipe.neck}, which does not exist; stage 1 writes {NECK_FILE}")
+    for tracker in recipe.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([tracker]):
+                callback()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise RecipeError(
+                f"report_to is {recipe.report_to}; {tracker} cannot be used: {error}"
+            ) from error
 
 
 def _training_arguments(recipe: Recipe) -> TrainingArguments:

@@ -116,8 +116,10 @@ def losses_of(output: Path) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
-def run_in_process(recipe: Recipe, *arguments: str, processes: int = 1, check: bool = True) -> int:
-    """Run a recipe in processes of its own; returns the exit status."""
+def run_in_process(
+    recipe: Recipe, *arguments: str, processes: int = 1, sharded: bool = False
+) -> subprocess.CompletedProcess:
+    """Run a recipe in processes of its own, with the model whole in each or sharded."""
     path = Path(recipe.output).with_suffix(".json")
     path.write_text(json.dumps(recipe.to_dict()))
     launcher = []
@@ -125,12 +127,12 @@ def run_in_process(recipe: Recipe, *arguments: str, processes: int = 1, check: b
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     folders = [str(Path(__file__).parents[folder]) for folder in (2, 0)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    if sharded:
+        environment["FSDP"] = "1"
+    return subprocess.run(
         [sys.executable, *launcher, str(Path(__file__).with_name("run_recipe.py")), str(path), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done.returncode
