@@ -203,10 +203,14 @@ _compilations: dict[tuple[Function, str], Function] = {}
 
 def _compiled(function: Function, mode: str, **inputs: Any) -> Sequence[Tensor]:
     if (function, mode) not in _compilations:
+        # They take seconds to import, too.
+        from torch._inductor import list_mode_options, select_algorithm
+
         # Graphs are this program's own business: it measures with and without. A donated buffer would not
         # survive the repeated backward passes.
         torch._functorch.config.donated_buffer = False
-        options = dict(torch._inductor.list_mode_options(mode)) | {"triton.cudagraphs": False}
+        select_algorithm.PRINT_AUTOTUNE = False
+        options = dict(list_mode_options(mode)) | {"triton.cudagraphs": False}
         _compilations[function, mode] = torch.compile(function, options=options, dynamic=False)
     return _compilations[function, mode](**inputs)
 

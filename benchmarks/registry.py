@@ -2,6 +2,7 @@
 
 from benchmarks import (
     conv_gate,
+    conversion,
     first_token,
     generation,
     neck,
@@ -19,6 +20,6 @@ OPS = {
 }
 MODELS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (vision_flow, first_token, generation, training_step, preprocessing)
+    for module in (vision_flow, first_token, generation, training_step, preprocessing, conversion)
 }
 BENCHMARKS = OPS | MODELS

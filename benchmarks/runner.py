@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "torchvision", "transformers")
 # What a commit must have changed to be another version of the code.
 CODE = ("mgllava", "mgllava_kernels", "benchmarks", ":!benchmarks/results")
-OURS = ("torch", "triton")
+OURS = ("torch", "triton", "mgllava")
 
 
 @dataclass(frozen=True)

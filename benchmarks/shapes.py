@@ -180,3 +180,8 @@ PREPROCESSING = tuple(
     )
 )
 TINY_PICTURES = {"pictures": 1, "width": 20, "height": 30}
+CONVERSION = tuple(
+    Case(f"checkpoint of {megabytes} MB", {"wide": wide}, "the tests' miniature, widened", ("forward",))
+    for megabytes, wide in ((30, 1 << 14 | 1 << 13), (600, 1 << 19))
+)
+TINY_CHECKPOINT = {"wide": 96}
