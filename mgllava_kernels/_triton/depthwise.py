@@ -517,12 +517,12 @@ def _weight_config(block_q: int, block_d: int, rows: int, waves: int, warps: int
 
 
 def _convolution_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterable[Config]:
-    choices = (8, 16, 32), (32, 64, 128), (2, 4, 6), (1, 2, 4, 8)
+    choices = (8, 16), (64 // dtype.itemsize, 128 // dtype.itemsize), (4, 6), (2, 4)
     return (_convolution_config(*choice) for choice in product(*choices))
 
 
 def _weight_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterable[Config]:
-    choices = (8, 16, 32), (32, 64, 128), (2, 4), (2, 4, 8), (2, 4, 8)
+    choices = (8, 16), (64 // dtype.itemsize, 128 // dtype.itemsize), (4,), (2, 4), (2, 4)
     return (_weight_config(*choice) for choice in product(*choices))
 
 

@@ -407,12 +407,12 @@ def _config(images: int, block_o: int, block_k: int, warps: int) -> Config:
 
 
 def _rows_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterable[Config]:
-    choices = ({min(8, triton.next_power_of_2(count)), 4}), (2, 4, 8), (128, 256, 512), (2, 4, 8)
+    choices = (min(8, triton.next_power_of_2(count)),), (2, 4), (256, 512), (2, 4)
     return (_config(*choice) for choice in product(*choices))
 
 
 def _columns_candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterable[Config]:
-    choices = ({min(8, triton.next_power_of_2(count)), 4}), (16, 32, 64), (32, 64, 128), (2, 4, 8)
+    choices = (min(8, triton.next_power_of_2(count)),), (16, 32), (64, 128), (2, 4)
     return (_config(*choice) for choice in product(*choices))
 
 

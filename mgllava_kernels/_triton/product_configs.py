@@ -98,7 +98,9 @@ def heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, rows: int, colum
     """
     if any(size * dtype.itemsize % 16 for size in sizes.values()) and target.backend != "interpreter":
         # Element by element every load has an address of its own: large tiles spill.
-        return product_config(target, (64, 64, 32) if dtype.itemsize == 2 else (64, 32, 16), 4, 2)
+        return product_config(
+            target, *(((64, 64, 32), 8, 2) if dtype.itemsize == 2 else ((64, 32, 16), 4, 2))
+        )
     shapes = _shapes(target, dtype)
     for shape in shapes:
         (block_m, block_n, _), *_ = shape
@@ -144,14 +146,10 @@ def _shapes_by_instructions(
 def candidates(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Iterator[Config]:
     """What is worth measuring for any product."""
     for tile, warps, stages in _shapes(target, dtype):
-        for more in (stages - 1, stages, stages + 1):
-            if more:
-                yield product_config(target, tile, warps, more)
-        for group in (4, 16):
-            yield product_config(target, tile, warps, stages, group=group)
+        for more in (stages, stages - 1, stages + 1):
+            yield product_config(target, tile, warps, max(1, more))
         if target.capability >= 90:
-            for programs in (2, ONE_A_TILE):
-                yield product_config(target, tile, warps, stages, programs=programs)
+            yield product_config(target, tile, warps, stages, programs=ONE_A_TILE)
             yield product_config(target, tile, warps, stages, descriptors=POINTERS, programs=ONE_A_TILE)
 
 

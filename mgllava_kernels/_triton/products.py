@@ -505,13 +505,12 @@ def _product_kernel(
                     *(image, images, stride_ab, stride_bb, A_BATCH, B_BATCH),
                 )
             if OUTER:
-                m = row + tl.arange(0, BLOCK_M)
-                n = column + tl.arange(0, BLOCK_N)
-                outer_row_ptr = outer_rows_ptr + m
-                outer_column_ptr = outer_columns_ptr + n
+                # Beyond the edges, of which nothing is stored, the last element: no masks to keep in registers.
+                outer_row_ptr = outer_rows_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
+                outer_column_ptr = outer_columns_ptr + tl.minimum(column + tl.arange(0, BLOCK_N), columns - 1)
                 for _ in range(tl.where(part == 0, outers, 0)):
-                    outer_row = tl.load(outer_row_ptr, mask=m < rows, other=0.0)
-                    outer_column = tl.load(outer_column_ptr, mask=n < columns, other=0.0)
+                    outer_row = tl.load(outer_row_ptr)
+                    outer_column = tl.load(outer_column_ptr)
                     accumulator += outer_row[:, None] * outer_column[None, :]
                     outer_row_ptr += stride_outer_rows
                     outer_column_ptr += stride_outer_columns

@@ -14,7 +14,7 @@ from torch import Tensor
 from mgllava_kernels._triton.launch import half, launch, multiple, odd
 from mgllava_kernels._triton.matmul import gelu, gelu_derivative, matrix_layout, tile_offsets
 
-# Tokens and columns of a program, 32 elements of a thread: of twice as many in GELU registers spill.
+# Tokens and columns of a program.
 TOKENS, BLOCK_COLUMNS = 64, 64
 # Partial sums that a program adds at once.
 BLOCK_PARTS = 16
@@ -113,7 +113,7 @@ def gelu_gradients(problems: Sequence[GeluGradient]) -> list[Tensor]:
         ROW=first.row is not None,
         BLOCK_TOKENS=TOKENS,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
-        num_warps=4,
+        num_warps=8,
     )
     return partials
 
