@@ -216,8 +216,8 @@ LINES = (
 )
 
 
-def judge(rows: Iterable[Row], lines: Sequence[Line] = LINES) -> list[Verdict]:
+def judge(rows: Iterable[Row]) -> list[Verdict]:
     """Every line, judged on the rows of the newest GPU."""
     gpus = [own for place, own in places(rows).items() if place.kind != "cpu"]
     comparisons = compare(gpus[0]) if gpus else []
-    return [line.judge(comparisons) for line in lines]
+    return [line.judge(comparisons) for line in LINES]

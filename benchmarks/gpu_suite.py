@@ -456,7 +456,8 @@ class Suite:
         lines = ["# GPU suite", "", conditions, "", "## Parts", ""]
         lines += [f"- {self._line(part)}" for part in self.parts]
         lines += ["", "## Acceptance, bfloat16, published widths", ""]
-        verdicts = []
+        verdicts = [_tests_verdict(shards.read_results(self.output / "tests"))]
+        lines.append(f"- {verdicts[0]}")
         for one, other in zip(tuned, untuned, strict=True):
             verdict = other if one.state == acceptance.NOT_MEASURED and other.state != one.state else one
             verdicts.append(verdict)
@@ -473,6 +474,15 @@ class Suite:
         (self.output / "summary.md").write_text(text, encoding="utf-8")
         well = all(self.progress[part.name].status(part) == PASS for part in self.parts)
         return text, well and all(verdict.state == acceptance.MET for verdict in verdicts)
+
+
+def _tests_verdict(results: shards.Results) -> acceptance.Verdict:
+    """Of the tests of the kernels, among them two runs with identical bits and the capture in CUDA graphs."""
+    text = "kernel tests in every dtype, identical bits of two runs, capture in CUDA graphs"
+    state = acceptance.MISSED if results.failed else acceptance.MET
+    if not results.failed and (results.missing or not results.passed):
+        state = acceptance.NOT_MEASURED
+    return acceptance.Verdict(text, "all pass", str(results), state)
 
 
 def keep(output: Path) -> list[str]:

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from row_cases import a_line, conv_gate
 
-from benchmarks import gpu_suite, shards
+from benchmarks import acceptance, gpu_suite, rows, shards
 from benchmarks.gpu_suite import FAIL, INCOMPLETE, PASS, Part, Step, Suite
 
 ROOT = Path(gpu_suite.__file__).parents[1]
@@ -124,6 +125,38 @@ def test_only_a_part_that_is_named_runs_and_runs_again(tmp_path):
     assert trace.read_text().split() == ["b", "b"]
     assert statuses(run) == [INCOMPLETE, PASS]
     assert "not started" in run.summary("a GPU")[0]
+
+
+def test_the_summary_judges_tuned_rows_and_falls_back_to_those_before(tmp_path, monkeypatch):
+    one, other = (
+        a_line(text="tuned line", cases=("1 picture",)),
+        a_line(text="other line", cases=("32 pictures",)),
+    )
+    monkeypatch.setattr(acceptance, "LINES", (one, other))
+    run = suite(tmp_path, Part("a", "", 1, (step("a"),)))
+    run.run()
+    rows.add(
+        [*conv_gate("1 picture", 0.5), *conv_gate("32 pictures", 1.5)], run.output / "results_before_tuning"
+    )
+    rows.add(conv_gate("1 picture", 2.0), run.output / "results")
+    (run.output / "tests").mkdir()
+    record = run.output / "tests" / "shard-0-of-1.jsonl"
+    passed = '{"share": ["t::a"], "collected": 1}\n{"test": "t::a", "outcome": "passed"}\n'
+    record.write_text(passed)
+    text, well = run.summary("NVIDIA H100")
+    assert "- MET: tuned line: 2 times in a CUDA graph (wanted: at least 1 times)\n" in text
+    assert "- MET: other line: 1.5 times in a CUDA graph (wanted: at least 1 times) (before tuning)\n" in text
+    assert "capture in CUDA graphs: 1 passed (wanted: all pass)" in text
+    assert well
+    assert (run.output / "summary.md").read_text() == text
+
+    record.write_text(passed.replace('"passed"', '"failed", "reason": "one is not two"'))
+    text, well = run.summary("NVIDIA H100")
+    assert "- MISSED: kernel tests" in text
+    assert "- t::a: one is not two" in text
+    assert not well
+    record.write_text(passed.splitlines()[0] + "\n")
+    assert "- NOT MEASURED: kernel tests" in run.summary("NVIDIA H100")[0]
 
 
 KILLED = """

@@ -1,6 +1,5 @@
 """The report's numbers: ratios within one run only, losses in words, reasons, predictions; the acceptance of a GPU."""
 
-import dataclasses
 import importlib.util
 import itertools
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from row_cases import GPU, a_line, conv_gate, gpu_row, row
 
 from benchmarks import acceptance, comparison, report, rows, runner
 from benchmarks.acceptance import MET, MISSED, NOT_MEASURED
@@ -16,44 +16,11 @@ from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.rows import Row
 
 ROOT = Path(report.__file__).parents[1]
-GPU = "NVIDIA H100 80GB HBM3"
-RUN = "2026-01-01T10:00:00+00:00"
 LATER = "2026-01-02T10:00:00+00:00"
 
 with_plots = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib: draws plots"
 )
-
-
-def row(provider: str = "torch", median: float | None = 1.0, **values) -> Row:
-    """A row of the neck on a CPU; without a median it was not timed."""
-    times = None
-    if median is not None:
-        factors = {"min": 0.8, "p20": 0.9, "median": 1.0, "p80": 1.25, "max": 2.0}
-        times = {name: median * factor for name, factor in factors.items()}
-    fixed = {
-        "op": "neck",
-        "kind": "cpu",
-        "device": "a CPU, 2 threads",
-        "case": "1 picture, 10 boxes",
-        "shape": {"images": 1, "boxes": 10, "canvas": 768},
-        "dtype": "float32",
-        "mode": "forward",
-        "provider": provider,
-        "launch": "eager",
-        "versions": {"torch": "2.11"},
-        "commit": "abc",
-        "run": RUN,
-        "origin": "a test",
-        "milliseconds": times,
-        "error": 3e-7,
-        "tolerance": 1e-5,
-    }
-    return Row(**(fixed | values))
-
-
-def gpu_row(provider: str = "triton", median: float | None = 1.0, **values) -> Row:
-    return row(provider, median, **({"kind": GPU, "device": GPU, "dtype": "bfloat16"} | values))
 
 
 def cells(text: str, start: str) -> list[str]:
@@ -351,26 +318,12 @@ def test_each_line_of_the_acceptance_is_judged_on_both_sides(number, slack, stat
     line = acceptance.LINES[number]
     runs = f"2026-01-01T10:{number:02d}:00+00:00"
     own = [one for one in measured_lines(slack) if one.run == runs]
-    (verdict,) = acceptance.judge(own, [line])
+    verdict = line.judge(compare(own))
     assert verdict.state == state, verdict
     assert str(verdict).startswith(state.upper())
     unit = line.unit(line.bound)
     assert unit in verdict.wanted
     assert line.unit(line.bound * slack if line.least else line.bound / slack) in verdict.found
-
-
-def a_line(**changes) -> acceptance.Line:
-    line = next(line for line in acceptance.LINES if line.op == "conv_gate" and len(line.cases) == 2)
-    return dataclasses.replace(line, **changes)
-
-
-def conv_gate(
-    case: str, original: float | None, ours: float | None = 1.0, launch: str = "graph", **values
-) -> list[Row]:
-    fixed = {"op": "conv_gate", "case": case, "launch": launch}
-    reason = {"reason": "refused"} if original is None else {}
-    rivals = [gpu_row("original max-autotune", original, **fixed, **reason)]
-    return [*rivals, gpu_row("triton", ours, **fixed, **values)]
 
 
 def test_the_worst_case_decides():
