@@ -29,6 +29,9 @@ python -m benchmarks roofline            floors of every case on this device
 python -m benchmarks roofline --device H200
                                          the same as a prediction, without the device
 python -m pytest benchmarks/test_cpu.py  CPU-sized calls under pytest-benchmark
+
+MGLLAVA_ORIGINAL_REPOSITORY=FOLDER, a checkout of github.com/PhoenixZ810/MG-LLaVA that you fetched, adds its own
+fusion module to conv_gate.
 """
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None)

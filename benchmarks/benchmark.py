@@ -33,6 +33,7 @@ class Provider:
         needs_gpu: it cannot be timed anywhere else.
         modes: what it can compute.
         dtypes: names of those in which it computes the op; None: all.
+        on_request: why it does not run now, asked at each run; None: it does.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Provider:
     needs_gpu: bool = False
     modes: tuple[str, ...] = ("forward", "backward", "both")
     dtypes: tuple[str, ...] | None = None
+    on_request: Callable[[], str | None] = lambda: None
 
     def obstacle(self, device: torch.device, dtype: str, mode: str, by_name: bool) -> str | None:
         """Why it does not run in this dtype and mode on this device, or None."""
@@ -49,8 +51,9 @@ class Provider:
             return f"computes {' and '.join(self.modes)} only"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"computes the op in {' and '.join(self.dtypes)} only"
-        if device.type == "cuda":
-            return None
+        reason = self.on_request()
+        if reason is not None or device.type == "cuda":
+            return reason
         if self.needs_gpu:
             return "needs a GPU: times of Triton's interpreter say nothing"
         return None if by_name else self.gpu_only

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from benchmarks import original, roofline
-from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
+from benchmarks import original, original_repository, roofline
+from benchmarks.benchmark import Benchmark, Inputs, Provider, original_providers, package_providers
 from benchmarks.shapes import CONV_GATE, TINY, Sizes, stage_shapes, token_width, tokens_of
 from mgllava_kernels import ConvGateFusion
 
@@ -52,6 +52,9 @@ BENCHMARK = Benchmark(
     output_shapes=_output_shapes,
     providers=(
         *original_providers(original.conv_gate, original.extra_conv_gate),
+        Provider(
+            "original repository", original_repository.conv_gate, on_request=original_repository.obstacle
+        ),
         *package_providers(_package),
     ),
     function=_package,

@@ -17,7 +17,7 @@ CASES = [
     for case in benchmark.cases
     if case.quick
     for provider in benchmark.providers
-    if provider.gpu_only is None and not provider.needs_gpu
+    if provider.obstacle(torch.device("cpu"), "float32", "forward", by_name=False) is None
 ]
 
 

@@ -36,12 +36,11 @@ def in_rounds(
     calls: Mapping[str, Call],
     budget: float,
     clock: Callable[[], float] = time.perf_counter,
-    advance: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call on a CPU, all calls in turn, until `budget` seconds are spent.
 
     Whatever else the machine does then falls on all of them, so their ratios hold. Every other round goes
-    backwards, so that no call always follows the same one. `advance` is called after each round.
+    backwards, so that no call always follows the same one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     begin = clock()
@@ -51,7 +50,6 @@ def in_rounds(
             start = clock()
             calls[name]()
             seconds[name].append(clock() - start)
-        advance()
         if round_number + 1 >= MIN_ROUNDS and clock() - begin >= budget:
             break
     return seconds

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import check, memory, original, roofline, runner
+from benchmarks import check, memory, original, original_repository, roofline, runner
 from benchmarks.benchmark import Provider, make_call, make_problem
 from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.shapes import ALL_MODES, Case
@@ -22,7 +22,7 @@ def provider_of(name: str, provider: str) -> Provider:
 
 
 def runs_here(provider: Provider, mode: str, dtype: str) -> bool:
-    return provider.gpu_only is None and not provider.needs_gpu and mode in provider.modes
+    return provider.obstacle(CPU, dtype, mode, by_name=False) is None
 
 
 @pytest.mark.parametrize("mode", ALL_MODES)
@@ -46,7 +46,7 @@ def test_half_precision_stays_within_the_tolerance(name, dtype):
     for mode in ("forward", "both"):
         reference, _ = check.expected(benchmark, benchmark.tiny, problem, mode)
         for one in benchmark.providers:
-            if runs_here(one, mode, str(dtype)):
+            if runs_here(one, mode, str(dtype).removeprefix("torch.")):
                 check.check(benchmark, one.function, problem, mode, reference)
 
 
@@ -276,3 +276,36 @@ def test_the_help_tells_what_to_run():
     output = CliRunner().invoke(command.app, ["--help"]).output
     for line in ("python -m benchmarks --quick", "roofline --device H200", "benchmarks/test_cpu.py"):
         assert line in output
+
+
+STAND_IN = """
+import a_framework_that_is_not_installed
+
+class DualPathFuseModule(nn.Module):
+    def __init__(self, low_res_dim, high_res_dim):
+        super().__init__()
+        self.slow_conv = nn.Conv2d(high_res_dim, high_res_dim, 1)
+
+    def forward(self, low_res_feat, high_res_feat):
+        high = self.slow_proj(F.gelu(self.slow_conv(high_res_feat)))
+        low = low_res_feat.transpose(1, 2).reshape(high.shape)
+        low = low + self.fast_proj(F.gelu(self.fast_conv(low)))
+        gate = self.gate(torch.cat([low, high], dim=1).mean(dim=(2, 3)))
+        return (low + high * gate.tanh()[..., None, None]).flatten(2).transpose(1, 2)
+"""
+
+
+def test_the_original_repository_runs_on_request(monkeypatch, tmp_path):
+    provider, benchmark = provider_of("conv_gate", "original repository"), BENCHMARKS["conv_gate"]
+    variable = original_repository.ENVIRONMENT_VARIABLE
+    monkeypatch.delenv(variable, raising=False)
+    assert variable in provider.obstacle(CPU, "float32", "forward", by_name=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert "does not exist" in provider.obstacle(CPU, "float32", "forward", by_name=False)
+    file = tmp_path / original_repository.FILE
+    file.parent.mkdir(parents=True)
+    file.write_text(STAND_IN)
+    assert provider.obstacle(CPU, "float32", "forward", by_name=False) is None
+    problem = make_problem(benchmark, benchmark.tiny, torch.float32, CPU)
+    reference, _ = check.expected(benchmark, benchmark.tiny, problem, "both")
+    check.check(benchmark, provider.function, problem, "both", reference)
