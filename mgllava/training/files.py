@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file"]
+from safetensors import SafetensorError
+
+__all__ = ["UNWRITABLE", "replace_file"]
+
+# What a full disk raises depends on who was writing: Python, torch.save or safetensors.
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from ..processing_mgllava import MGLlavaProcessor
 from .assemble import assemble_model
 from .collate import Collator
 from .encode import Encoder
-from .errors import DataError, RecipeError
-from .files import replace_file
+from .errors import CheckpointError, DataError, RecipeError
+from .files import UNWRITABLE, replace_file
 from .neck import NECK_FILE, load_neck, save_neck
 from .recipe import DataRecipe, Recipe, check_same_run, recipe_from_dict
 from .records import LlavaRecords, PythonRecords, RecordSource
@@ -45,8 +45,9 @@ TEXT_AND_IMAGE_TOKENS = 2048  # of the original; its text limit leaves the image
 def train(recipe: Recipe) -> Path:
     """Run a recipe, or go on where an interrupted run of it stopped.
 
-    Launched by `accelerate launch` or `torchrun`, every process calls it. The order of the data, and with it the
-    result, does not depend on how many processes share the global batch, up to rounding.
+    Launched by `accelerate launch` or `torchrun`, every process calls it. The loss is the mean over the learned
+    tokens of the global batch (the original: of each process's share of it), so neither order nor result depend on
+    how many processes share it, up to rounding.
 
     Args:
         recipe: what to run.
@@ -78,12 +79,12 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
     output = Path(recipe.output)
     _check_output(recipe, output)
     _check_surroundings(recipe)
+    sources = [open_source(source) for source in recipe.data]
     arguments = _training_arguments(recipe)
     with arguments.main_process_first(desc="putting the model together"):
         _assemble_if_missing(recipe)
     processor = MGLlavaProcessor.from_pretrained(recipe.model)
     text_limit = recipe.text_limit or TEXT_AND_IMAGE_TOKENS - processor.num_image_tokens
-    sources = [open_source(source) for source in recipe.data]
     with arguments.main_process_first(desc="checking the records"):
         samples = TrainingSamples(
             sources,
@@ -102,7 +103,7 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
     model = _load_model(recipe, bool(arguments.deepspeed_plugin))
     tokenizer = processor.tokenizer
     padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return MGLlavaTrainer(
+    trainer = MGLlavaTrainer(
         model=model,
         args=arguments,
         train_dataset=samples,
@@ -114,6 +115,8 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
         saves_model=recipe.stage == 2,
         saves_neck=recipe.stage == 1 or recipe.lora is not None,
     )
+    _reduce_in_float32(trainer)
+    return trainer
 
 
 def open_source(source: DataRecipe) -> RecordSource:
@@ -227,15 +230,30 @@ def _load_model(recipe: Recipe, with_deepspeed: bool) -> torch.nn.Module:
     return model
 
 
+def _reduce_in_float32(trainer: MGLlavaTrainer) -> None:
+    """Under FSDP2 accelerate would sum gradients, and round the loss, in bfloat16."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is not None and plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
 def _write_result(trainer: MGLlavaTrainer, recipe: Recipe) -> Path:
     """Make the result of the last checkpoint, in one process."""
     output = Path(recipe.output)
     result = output / (NECK_FILE if recipe.stage == 1 else MODEL_FOLDER)
     if trainer.args.should_save:
-        last = get_last_checkpoint(output)
-        if recipe.stage == 1:
-            save_neck(load_file(Path(last) / NECK_FILE), result)
-        else:
-            write_model(recipe, Path(last), result)
+        last = Path(get_last_checkpoint(output))
+        try:
+            if recipe.stage == 1:
+                save_neck(load_file(last / NECK_FILE), result)
+            else:
+                write_model(recipe, last, result)
+        except UNWRITABLE as error:
+            raise CheckpointError(
+                f"{result} cannot be written: {error}; {last} is intact, and the same command tries again"
+            ) from error
     trainer.accelerator.wait_for_everyone()
     return result

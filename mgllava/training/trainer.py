@@ -7,13 +7,13 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from .errors import CheckpointError
+from .files import UNWRITABLE
 from .neck import NECK_FILE, load_neck, save_neck
 from .sampling import TrainingOrder
 
@@ -72,8 +72,7 @@ class MGLlavaTrainer(Trainer):
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
-        # What a full disk raises depends on who was writing: torch.save, safetensors, or Python.
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except UNWRITABLE as error:
             if self.args.should_save:
                 shutil.rmtree(scratch, ignore_errors=True)
             last = get_last_checkpoint(folder)

@@ -41,7 +41,7 @@ def test_the_sharding_that_accelerate_sets_up():
     assert environment["FSDP_VERSION"] == "2"
     assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
     assert environment["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
-    assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -194,6 +194,21 @@ def test_a_full_disk_loses_nothing(model_folder, data, tmp_path, monkeypatch, un
     assert losses_of(output) == losses_of(uninterrupted)
 
 
+def test_a_disk_too_full_for_the_result_leaves_the_checkpoint(model_folder, data, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    recipe = run_recipe(model_folder, data, tmp_path / "run", max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("mgllava.training.result.MGLlavaProcessor.save_pretrained", full)
+        with pytest.raises(
+            CheckpointError, match=r"model cannot be written: .*No space.*checkpoint-2 is intact"
+        ):
+            train(recipe)
+    assert not list((tmp_path / "run").glob("*model*"))
+    assert (train(recipe) / "model.safetensors").is_file()
+
+
 def parameters_of(model):
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
