@@ -285,7 +285,7 @@ def _not_timed(rows: Sequence[Row]) -> list[str]:
         return []
     lines = ["Not timed:", ""]
     for (right, provider, reason), cases in sorted(reasons.items()):
-        where = "; ".join(cases) if len(cases) <= 3 else f"{len(cases)} of the measurements"
+        where = "; ".join(cases) if len(cases) <= 3 else f"{len(cases)} measurements"
         reason = " ".join(reason.replace("|", "\\|").split())
         lines.append(f"- {'' if right else '**wrong**: '}`{provider}`: {reason} ({where})")
     return [*lines, ""]
