@@ -1,5 +1,6 @@
 """`mgllava train`."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -14,10 +15,12 @@ def train(
 ) -> None:
     """Train as a recipe says, or go on where an interrupted run of it stopped.
 
-    On several GPUs: accelerate launch -m mgllava train RECIPE, with one of the configurations that
-    `mgllava.training.launch` holds.
+    On several GPUs: accelerate launch --config_file CONFIG -m mgllava train RECIPE; the package's folder
+    training/launch holds configurations for DDP, FSDP2 and DeepSpeed.
     """
     from .recipe import load_recipe
     from .run import train as run
 
-    print(run(load_recipe(recipe)))
+    result = run(load_recipe(recipe))
+    if os.environ.get("RANK", "0") == "0":
+        print(result)

@@ -1,9 +1,6 @@
 """A miniature model folder, data for it and recipes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,25 +111,3 @@ def losses_of(output: Path) -> list[float]:
     checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-def run_in_process(
-    recipe: Recipe, *arguments: str, processes: int = 1, sharded: bool = False
-) -> subprocess.CompletedProcess:
-    """Run a recipe in processes of its own, with the model whole in each or sharded."""
-    path = Path(recipe.output).with_suffix(".json")
-    path.write_text(json.dumps(recipe.to_dict()))
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    folders = [str(Path(__file__).parents[folder]) for folder in (2, 0)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    if sharded:
-        environment["FSDP"] = "1"
-    return subprocess.run(
-        [sys.executable, *launcher, str(Path(__file__).with_name("run_recipe.py")), str(path), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )

@@ -1,44 +1,100 @@
-"""A process of its own for a recipe: `python run_recipe.py RECIPE.json [KILLED_AT]`.
+"""A recipe in processes of its own, which may be killed.
 
-KILLED_AT kills the process without warning: `step 3` in the middle of step 3, `save 4` in the middle of writing the
-checkpoint of step 4. `FSDP` in the environment shards the model as FSDP2 does on GPUs.
+They are forked off a process that has everything imported and has started no thread.
 """
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 from importlib import resources
+from pathlib import Path
+from unittest import mock
 
 import torch
 import yaml
 from accelerate.state import DistributedType, PartialState
 
-from mgllava.training.recipe import recipe_from_dict
-from mgllava.training.run import train
+import mgllava.training.run
+from mgllava.training.recipe import Recipe, recipe_from_dict
 from mgllava.training.trainer import MGLlavaTrainer
 
+TIMEOUT = 300
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+
+def run_in_processes(
+    recipe: Recipe, *, killed_at: str = "", processes: int = 1, sharded: bool = False
+) -> list[int | None]:
+    """Run a recipe and return the processes' exit codes.
+
+    Args:
+        recipe: what to run.
+        killed_at: `step 3` kills every process without warning in the middle of step 3, `save 4` in the middle of
+            writing the checkpoint of step 4.
+        processes: how many share the global batch.
+        sharded: by FSDP2 as shipped, rather than with the whole model in each.
+    """
+    path = Path(recipe.output).with_suffix(".json")
+    path.write_text(json.dumps(recipe.to_dict()))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    started = []
+    for rank in range(processes):
+        environment = {"FSDP": str(int(sharded))}
+        if processes > 1:
+            environment |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(port),
+            }
+        started.append(context.Process(target=_run, args=(str(path), killed_at, environment)))
+        # Python 3.11 preloads from this path alone.
+        with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):
+            started[-1].start()
+    for process in started:
+        process.join(TIMEOUT)
+        process.kill()  # does nothing to those that have ended
+    return [process.exitcode for process in started]
+
+
+def _run(path: str, killed_at: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if environment["FSDP"] == "1":
+        _shard()
+    if killed_at:
+        KilledTrainer.what, at = killed_at.split()
+        KilledTrainer.at = int(at)
+        mgllava.training.run.MGLlavaTrainer = KilledTrainer
+    with open(path) as file:
+        mgllava.training.run.train(recipe_from_dict(json.load(file)))
 
 
 class KilledTrainer(MGLlavaTrainer):
-    what, at = sys.argv[2].split() if len(sys.argv) > 2 else ("nothing", 0)
+    what: str
+    at: int
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self.what == "step" and self.state.global_step + 1 == int(self.at):
-            kill()
+        if self.what == "step" and self.state.global_step + 1 == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
     def _save_scaler(self, output_dir):  # weights and optimiser are written, the rest is not
-        if self.what == "save" and self.state.global_step == int(self.at):
-            kill()
+        if self.what == "save" and self.state.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
         super()._save_scaler(output_dir)
 
 
-def shard() -> None:
+def _shard() -> None:
     """Set what `accelerate launch` sets of the shipped configuration.
 
     accelerate shards on GPUs only; gloo and FSDP2 themselves run on CPUs as well.
@@ -56,15 +112,3 @@ def shard() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = as_on_gpus
-
-
-if __name__ == "__main__":
-    import mgllava.training.run
-
-    torch.set_num_threads(1)
-    if "FSDP" in os.environ:
-        shard()
-    mgllava.training.run.MGLlavaTrainer = KilledTrainer
-    with open(sys.argv[1]) as file:
-        recipe = recipe_from_dict(json.load(file))
-    train(recipe)
