@@ -319,6 +319,8 @@ def _convolution_kernel(
     channels = multiple(channels, ALIGN)
     if ADJACENT:
         stride_d = 1
+    else:
+        stride_d = stride_d.to(tl.int64)
     stride_n = multiple(stride_n.to(tl.int64), ALIGN)
     image_ptr = tokens_ptr + image * multiple(stride_b.to(tl.int64), ALIGN)
     sums = _convolve(
@@ -392,6 +394,8 @@ def _transposed_convolution_kernel(
     channels = multiple(channels, ALIGN)
     if ADJACENT:
         stride_d = 1
+    else:
+        stride_d = stride_d.to(tl.int64)
     stride_n = multiple(stride_n.to(tl.int64), ALIGN)
     image_ptr = grad_ptr + image * height * width * channels
     sums = _convolve(
@@ -453,6 +457,8 @@ def _weight_gradient_kernel(
     present = channel < channels
     if ADJACENT:
         stride_d = 1
+    else:
+        stride_d = stride_d.to(tl.int64)
     stride_b = multiple(stride_b.to(tl.int64), ALIGN)
     stride_n = multiple(stride_n.to(tl.int64), ALIGN)
     partial = partials_ptr + part.to(tl.int64) * 50 * channels + channel

@@ -67,7 +67,7 @@ def dual_product(
         matrix_layout([weights.low, weights.high]),
     )
     low_kind, low_align = matrix_layout([low, out])
-    operands = [f, s], [weights.low], [weights.high]
+    operands = [f, s], [weights.low, weights.high]
     launch_product(
         _dual_product_kernel,
         programs_of(config, target, tiles),
@@ -198,6 +198,8 @@ def _dual_product_kernel(
     stride_n = multiple(stride_n.to(tl.int64), OUT_ALIGN)
     if ADJACENT:
         stride_d = 1
+    else:
+        stride_d = stride_d.to(tl.int64)
     first = tl.program_id(0)
     # A loop of one step is none to the compiler, which needs fewer registers then.
     end = all_row_tiles * all_column_tiles if PERSISTENT else first + 1

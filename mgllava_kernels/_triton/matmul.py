@@ -212,6 +212,7 @@ def _describe(
     BATCH: tl.constexpr,
 ):
     """A descriptor of (rows, depth), or of a batch of such matrices, that copies (BLOCK, BLOCK_K)."""
+    tl.static_assert(LAYOUT != "strided")
     if LAYOUT == "row" and BATCH:
         return tl.make_tensor_descriptor(
             ptr, [images, rows, depth], [stride_image, stride_row, 1], [1, BLOCK, BLOCK_K]

@@ -57,7 +57,8 @@ def product_config(
 
 def programs_of(config: Config, target: Target, tiles: int) -> int:
     """Programs that `tiles` are dealt to."""
-    return min(tiles, dict(config.blocks)["PROGRAMS"] * target.multiprocessors)
+    programs = dict(config.blocks)["PROGRAMS"]
+    return tiles if programs == ONE_A_TILE else min(tiles, programs * target.multiprocessors)
 
 
 def wants_descriptors(config: Config) -> bool:

@@ -285,8 +285,11 @@ def _parts(one: Product, tiles: int, programs: int, config: Config) -> int:
     """Parts that the depth of a product, or the pictures that it sums, are cut into, so that a launch of few
     `tiles` fills the device.
 
-    A part of less than eight steps does not earn the tile of partial sums it writes.
+    A part of less than eight steps does not earn the tile of partial sums it writes. A batch of results is not cut:
+    its pictures are tiles enough.
     """
+    if one.batch == "rows":
+        return 1
     steps = one.a.shape[-1] // dict(config.blocks)["BLOCK_K"]
     longest = min(one.images, one.images * steps // 8) if one.batch == "depth" else steps // 8
     return max(1, min(programs // tiles, longest))

@@ -241,6 +241,36 @@ def test_block_sizes_of_the_convolution_change_nothing(choices):
         assert relative_error(value, expected) < 1e-6
 
 
+def test_results_of_several_pictures_are_never_cut_over_the_depth():
+    """As few tiles as here, and as long a depth, had their product cut if it were of one matrix."""
+    a, b = (torch.randn(*shape, device=KERNEL_DEVICE) for shape in ((18, 256), (2, 4, 256)))
+    out = torch.empty(2, 18, 4, device=KERNEL_DEVICE)
+    one = products.Product(a, b, out)
+    with forced(product=((32, 16, 16), 2, 1)):
+        products.multiply(products.config_of_tokens(implementation.PRODUCT, [one]), "none", [one])
+    assert relative_error(out, a.double() @ b.double().transpose(1, 2)) < 1e-6
+
+
+@pytest.mark.parametrize("turned", ["low_res_proj", "high_res_proj"])
+def test_projections_of_different_layouts_are_not_described_as_one(turned):
+    module, values = fusion("gate_sum", 16, 24), inputs(1, 2, 4, 16, 24)
+    expected = run("reference", module, values)
+    layer = getattr(module, turned)
+    layer.weight.data = layer.weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    blocks = (16, 16, 16), 2, 1, TMA
+    with forced(product=blocks, weight=blocks):
+        assert relative_error(run("triton", module, values), expected) < 1e-6
+
+
+def test_channels_far_apart_in_memory():
+    """Only four elements of each stretch of 2^30 are ever touched; 32 bits do not reach the last."""
+    memory = torch.empty(3 * 2**30 + 4, dtype=torch.float16, device=KERNEL_DEVICE)
+    tokens = memory.as_strided((1, 4, 4), (0, 1, 2**30)).copy_(torch.randn(1, 4, 4))
+    weight, bias = (torch.randn(shape, device=KERNEL_DEVICE).half() for shape in ((4, 1, 7, 7), (4,)))
+    expected = depthwise_conv_gelu(tokens.contiguous(), weight, bias, height=2, width=2)
+    assert torch.equal(depthwise_conv_gelu(tokens, weight, bias, height=2, width=2), expected)
+
+
 @pytest.mark.parametrize("variant", ["gate_sum", "concat_projected"])
 @pytest.mark.parametrize("images", [1, 2])
 def test_descriptors_change_no_bit(variant, images):
