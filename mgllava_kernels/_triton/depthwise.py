@@ -80,7 +80,7 @@ def convolve_gelu(
         images * tiles * triton.cdiv(channels, dict(config.blocks)["BLOCK_D"]),
         device,
         (
-            *(tokens, taps, bias, output, pre_activation, partials),
+            *(tokens, taps, bias.contiguous(), output, pre_activation, partials),
             *(height, width, channels, tiles, *tokens.stride()),
         ),
         ADJACENT=layout == "row",
@@ -501,6 +501,8 @@ def _weight_gradient_kernel(
 def _convolution_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _convolution_config(16, 32, 2, 4)
+    if _scattered(target, dtype, sizes):
+        return _convolution_config(8, 32, 2, 2)
     columns = 16 if target.backend == "hip" else 8 * dtype.itemsize
     return _convolution_config(columns, 128 // dtype.itemsize, 4, 128 // target.warp_size)
 
@@ -508,7 +510,14 @@ def _convolution_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, cou
 def _weight_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _weight_config(16, 32, 2, 1, 4)
+    if _scattered(target, dtype, sizes):
+        return _weight_config(8, 32, 4, 4, 2)
     return _weight_config(16, 128 // dtype.itemsize, 4, 4, 128 // target.warp_size)
+
+
+def _scattered(target: Target, dtype: torch.dtype, sizes: Sizes) -> bool:
+    """Whether each element has a mask of its own, for which AMD's scalar registers are few."""
+    return target.backend == "hip" and sizes["D"] * dtype.itemsize % 16 != 0
 
 
 def _convolution_config(block_q: int, block_d: int, rows: int, warps: int) -> Config:

@@ -92,12 +92,17 @@ def kernel_options(config: Config, target: Target, dtype: torch.dtype) -> dict[s
     }
 
 
+def aligned(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether the rows of matrices of these sizes are whole multiples of 16 bytes."""
+    return not any(size * dtype.itemsize % 16 for size in sizes)
+
+
 def heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, rows: int, columns: int) -> Config:
     """The largest tile of which there are enough to keep three quarters of the multiprocessors busy.
 
     The result is (rows, columns); `sizes` are those of a model, which decide how operands are aligned.
     """
-    if any(size * dtype.itemsize % 16 for size in sizes.values()) and target.backend != "interpreter":
+    if not aligned(dtype, *sizes.values()) and target.backend != "interpreter":
         # Element by element every load has an address of its own: large tiles spill.
         return product_config(
             target, *(((64, 64, 32), 8, 2) if dtype.itemsize == 2 else ((64, 32, 16), 4, 2))

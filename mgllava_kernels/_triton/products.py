@@ -24,6 +24,7 @@ from mgllava_kernels._triton.matmul import (
     tile_offsets,
 )
 from mgllava_kernels._triton.product_configs import (
+    aligned,
     kernel_options,
     piece_of,
     programs_of,
@@ -81,19 +82,30 @@ def run(side: Side, device: torch.device) -> None:
 
 
 def config_of_tokens(space: Space, products: Sequence[Product]) -> Config:
-    """The choice for products of tokens and weights, that of the largest for all of them."""
-    largest = max(products, key=lambda one: one.work)
+    """The choice for products of tokens and weights, that of `_representative` for all of them."""
+    one, sizes = _representative(products, [(one.out.shape[-1], one.a.shape[-1]) for one in products])
     rows = sum(math.prod(one.out.shape[:-1]) for one in products)
-    sizes = dict(zip(("N", "K"), (largest.out.shape[-1], largest.a.shape[-1]), strict=True))
-    return choose(space, target_of(largest.out.device), largest.out.dtype, sizes, max(1, rows))
+    named = dict(zip(("N", "K"), sizes, strict=True))
+    return choose(space, target_of(one.out.device), one.out.dtype, named, max(1, rows))
 
 
 def config_of_weights(space: Space, products: Sequence[Product]) -> Config:
-    """The choice for gradients of weights, that of the largest for all of them."""
-    largest = max(products, key=lambda one: one.work)
-    sizes = dict(zip(("M", "N"), largest.out.shape, strict=True))
-    count = largest.a.shape[-1] * largest.images
-    return choose(space, target_of(largest.out.device), largest.out.dtype, sizes, max(1, count))
+    """The choice for gradients of weights, that of `_representative` for all of them."""
+    one, sizes = _representative(products, [tuple(one.out.shape) for one in products])
+    named = dict(zip(("M", "N"), sizes, strict=True))
+    count = one.a.shape[-1] * one.images
+    return choose(space, target_of(one.out.device), one.out.dtype, named, max(1, count))
+
+
+def _representative(
+    products: Sequence[Product], sizes: Sequence[tuple[int, ...]]
+) -> tuple[Product, tuple[int, ...]]:
+    """The largest product and its sizes; where some are not aligned, the largest of these: the tiles of aligned
+    operands would spill in their launch.
+    """
+    dtype = products[0].out.dtype
+    pairs = zip(products, sizes, strict=True)
+    return max(pairs, key=lambda pair: (not aligned(dtype, *pair[1]), pair[0].work))
 
 
 def multiply(
@@ -229,6 +241,7 @@ def _launch(
             for one, part in zip(products, parts, strict=True)
         ]
     biases = [one.out if one.bias is None else one.bias.contiguous() for one in products]
+    # The result's own address says that there is none: "gelu_dot" looks for it.
     pre = [one.out if one.pre_activation is None else one.pre_activation for one in products]
     second = [one.out if one.second is None else one.second for one in products]
     outer = [one.outer or (partial, partial) for one, partial in zip(products, partials, strict=True)]
@@ -357,6 +370,15 @@ def _finish_tile(
             tl.store(part_ptr + offsets, accumulator, mask=inside)
         else:
             tl.store(out_ptr + offsets, accumulator.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _within(first, size, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """first, first + 1, ..., and beyond `size`, of which nothing is stored, elements again: no masks to keep in
+    registers, and of ALIGN neighbours, which divides `size`, one address.
+    """
+    i = tl.arange(0, BLOCK)
+    return tl.minimum(first + i // ALIGN * ALIGN, size - ALIGN) + i % ALIGN
 
 
 @triton.jit(do_not_specialize=["side_programs"])
@@ -508,9 +530,8 @@ def _product_kernel(
                     *(image, images, stride_ab, stride_bb, A_BATCH, B_BATCH),
                 )
             if OUTER:
-                # Beyond the edges, of which nothing is stored, the last element: no masks to keep in registers.
-                outer_row_ptr = outer_rows_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
-                outer_column_ptr = outer_columns_ptr + tl.minimum(column + tl.arange(0, BLOCK_N), columns - 1)
+                outer_row_ptr = outer_rows_ptr + _within(row, rows, BLOCK_M, 1)
+                outer_column_ptr = outer_columns_ptr + _within(column, columns, BLOCK_N, OUT_ALIGN)
                 for _ in range(tl.where(part == 0, outers, 0)):
                     outer_row = tl.load(outer_row_ptr)
                     outer_column = tl.load(outer_column_ptr)
