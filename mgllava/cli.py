@@ -1,4 +1,4 @@
-"""The command line: `mgllava demo | chat | convert | doctor`."""
+"""The command line: `mgllava demo | chat | convert | train | scenes | doctor`."""
 
 import functools
 import os
@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+
+from .scenes.command import scenes_app
 
 app = typer.Typer(
     help="MG-LLaVA: ask about pictures.",
@@ -162,6 +164,26 @@ def convert(
 
 @app.command()
 @friendly_errors
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a shipped recipe, such as vicuna-7b-stage-1.")
+    ],
+) -> None:
+    """Train as a recipe says, or go on where an interrupted run of it stopped.
+
+    On several GPUs: accelerate launch --config_file CONFIG -m mgllava train RECIPE; the package's folder
+    training/launch holds configurations for DDP, FSDP2 and DeepSpeed.
+    """
+    from .training import load_recipe
+    from .training import train as run
+
+    result = run(load_recipe(recipe))
+    if os.environ.get("RANK", "0") == "0":
+        print(result)
+
+
+@app.command()
+@friendly_errors
 def doctor() -> None:
     """Report versions, devices, the path each op takes and why, and what does not fit together."""
     from rich.table import Table
@@ -179,6 +201,9 @@ def doctor() -> None:
         out.print("!", problem, style="yellow", markup=False, highlight=False)
     if not report.problems:
         out.print("nothing amiss", style="green")
+
+
+app.add_typer(scenes_app(friendly_errors), name="scenes")
 
 
 def main() -> None:

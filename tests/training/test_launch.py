@@ -3,14 +3,13 @@
 from importlib import resources
 
 import pytest
-import typer
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from miniature import tiny_recipe, write_data, write_tiny_model
 from typer.testing import CliRunner
 
-from mgllava.training.command import train
+from mgllava.cli import app
 
 LAUNCH = resources.files("mgllava.training").joinpath("launch")
 ENGINES = {
@@ -54,25 +53,19 @@ def test_deepspeeds_settings_are_known_to_accelerate(stage):
     assert settings["gradient_clipping"] == 1.0
 
 
-@pytest.fixture
-def app():
-    made = typer.Typer()
-    made.command()(train)
-    return made
-
-
-def test_the_command_trains_and_says_where_the_result_is(app, tmp_path):
+def test_the_command_trains_and_says_where_the_result_is(tmp_path):
     yaml = pytest.importorskip("yaml")
     recipe = tiny_recipe(
         write_tiny_model(tmp_path / "model"), write_data(tmp_path), tmp_path / "run", stage=1, max_steps=1
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    done = CliRunner().invoke(app, [str(tmp_path / "recipe.yaml")])
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
     assert done.exit_code == 0, done.exception
     assert str(tmp_path / "run" / "neck.safetensors") in done.stdout.replace("\n", "")
 
 
-def test_a_missing_recipe_is_an_error_of_one_line(app):
-    done = CliRunner().invoke(app, ["nowhere"])
-    assert isinstance(done.exception, ValueError)
-    assert str(done.exception).startswith("there is no recipe nowhere; shipped are llama-3-8b-lora")
+def test_a_missing_recipe_is_an_error_of_one_line():
+    done = CliRunner().invoke(app, ["train", "nowhere"])
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert message.startswith("error: there is no recipe nowhere; shipped are llama-3-8b-lora")
