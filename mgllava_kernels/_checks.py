@@ -15,6 +15,9 @@ def check_tensor(name: str, value: object, shape: Sequence[int | str]) -> Tensor
     """Check that `value` is a floating tensor of `shape`; a string stands for any size and names the axis."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name} must be a dense tensor, got a {kind} one")
     if value.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     fits = value.ndim == len(shape) and all(
@@ -61,6 +64,9 @@ def check_scale(name: str, value: object) -> float:
 
 
 def check_int(name: str, value: object) -> int:
+    if isinstance(value, torch.SymInt):
+        # A size under torch.export, which behaves as an int; its value is not to be asked for.
+        return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     number = operator.index(value)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MethodType
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def fusion_obstacle(layers: Mapping[str, nn.Module], *inputs: Tensor) -> str | None:
@@ -39,11 +40,26 @@ def call_obstacle(module: nn.Module, *inputs: Tensor) -> str | None:
 def _layer_obstacle(layer: nn.Module, inputs: tuple[Tensor, ...]) -> str | None:
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return f"is of type {type(layer).__name__}"
+    if isinstance(layer, nn.Conv2d) and (obstacle := _convolution_obstacle(layer)) is not None:
+        return obstacle
     for name in ("weight", "bias"):
         value = getattr(layer, name)
-        if type(value) not in (nn.Parameter, Tensor):
+        if type(value) not in (nn.Parameter, Tensor, FakeTensor):
             return f"has a {name} of type {type(value).__name__}"
     return call_obstacle(layer, *inputs)
+
+
+def _convolution_obstacle(layer: nn.Conv2d) -> str | None:
+    """Why a convolution is none that the fused ops compute: 1x1, or depthwise 7x7 that keeps the size."""
+    pointwise = (
+        layer.kernel_size == (1, 1) and layer.padding in ((0, 0), "same", "valid") and layer.groups == 1
+    )
+    depthwise = layer.kernel_size == (7, 7) and layer.padding in ((3, 3), "same")
+    depthwise = depthwise and layer.groups == layer.in_channels == layer.out_channels
+    plain = layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    if plain and (pointwise or depthwise):
+        return None
+    return f"is {layer}, neither 1x1 nor depthwise 7x7 with padding 3"
 
 
 def _is_merely_placed(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

@@ -10,7 +10,7 @@ def products_in_torch(tensor: Tensor) -> str | None:
     """The projectors' matrix products that torch computes on the device of `tensor` in its dtype, or None.
 
     Named as in the tables: kernel, sizes of the weight, tokens. A call with another number of tokens takes the
-    entry with the nearest one.
+    entry with the nearest one; one of several token sets that of the largest product, at the tokens of all sets.
 
     Raises:
         ValueError: a table that cannot be used, as the ops raise.

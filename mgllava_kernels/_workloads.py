@@ -211,7 +211,7 @@ IMAGE_WIDTH, OBJECT_WIDTH, MODEL_WIDTH = 1024, 2880, 4096
 
 
 def _layers(
-    images: int, per_image: int, dtype: torch.dtype, device: torch.device
+    images: int, per_image: int, dtype: torch.dtype, device: torch.device, object_width: int = OBJECT_WIDTH
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """x, w1, b1, w2, b2 of the image tokens and of the objects."""
 
@@ -224,14 +224,19 @@ def _layers(
             *(normal(MODEL_WIDTH, width), normal(MODEL_WIDTH)),
             *(normal(MODEL_WIDTH, MODEL_WIDTH), normal(MODEL_WIDTH)),
         )
-        for tokens, width in ((TOKENS, IMAGE_WIDTH), (per_image, OBJECT_WIDTH))
+        for tokens, width in ((TOKENS, IMAGE_WIDTH), (per_image, object_width))
     ]
 
 
-def _projector_arguments(
-    images: int, per_image: int, dtype: torch.dtype, layout: str, device: torch.device
+def projector_arguments(
+    images: int,
+    per_image: int,
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device,
+    object_width: int = OBJECT_WIDTH,
 ) -> tuple[Any, ...]:
-    columns = zip(*_layers(images, per_image, dtype, device), strict=True)
+    columns = zip(*_layers(images, per_image, dtype, device, object_width), strict=True)
     return *(list(column) for column in columns), True
 
 
@@ -268,11 +273,10 @@ def _projected(arguments: Callable[..., tuple[Any, ...]]) -> tuple[Workload, ...
 
 CONV_GATE = "mgllava_kernels._triton.conv_gate"
 
-# Conv-Gate's sizes: the grid of CLIP's tokens and of ConvNeXt-L's last stage, the channels of that stage, and the
-# hidden layer of the gate, half as wide as CLIP.
+# Conv-Gate's sizes: the grid of CLIP's tokens and of ConvNeXt-L's last stage; CLIP's width and the channels of that
+# stage. The hidden layer of the gate is half as wide as CLIP.
 GRID = STAGES[3][1]
-HIGH_WIDTH = STAGES[3][0]
-GATE_WIDTH = IMAGE_WIDTH // 2
+WIDTHS = IMAGE_WIDTH, STAGES[3][0]
 
 # Pictures, variant, and whether what the backward pass needs is kept, as in training. The first call has the
 # largest tiles and epilogues.
@@ -296,20 +300,23 @@ CONVOLVED = ((32, True), (32, False), (8, False), (1, True), (1, False))
 CONVOLVED_BACKWARD = (32, 8, 1)
 
 
-def _low_res(images: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _low_res(images: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """CLIP's tokens as the model passes them, a view without the class token."""
-    return torch.randn(images, 1 + TOKENS, IMAGE_WIDTH, dtype=dtype, device=device)[:, 1:]
+    return torch.randn(images, 1 + TOKENS, width, dtype=dtype, device=device)[:, 1:]
 
 
-def _fusion_weights(variant: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _fusion_weights(
+    variant: str, widths: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    low, high = widths
     shapes: list[tuple[int, ...]] = [
-        (HIGH_WIDTH, HIGH_WIDTH, 1, 1),
-        (IMAGE_WIDTH, HIGH_WIDTH, 1, 1),
-        (IMAGE_WIDTH, 1, 7, 7),
-        (IMAGE_WIDTH, IMAGE_WIDTH, 1, 1),
+        (high, high, 1, 1),
+        (low, high, 1, 1),
+        (low, 1, 7, 7),
+        (low, low, 1, 1),
     ]
     if variant.startswith("gate"):
-        shapes += [(GATE_WIDTH, 2 * IMAGE_WIDTH), (1, GATE_WIDTH)]
+        shapes += [(low // 2, 2 * low), (1, low // 2)]
     weights = []
     for rows, *inside in shapes:
         scale = math.prod(inside) ** -0.5
@@ -319,24 +326,37 @@ def _fusion_weights(variant: str, dtype: torch.dtype, device: torch.device) -> l
 
 
 def fusion_arguments(
-    images: int, variant: str, save: bool, dtype: torch.dtype, layout: str, device: torch.device
+    images: int,
+    variant: str,
+    save: bool,
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device,
+    widths: tuple[int, int] = WIDTHS,
 ) -> tuple[Any, ...]:
-    high_res = maps((images, HIGH_WIDTH, GRID, GRID), dtype, layout, device)
-    return _low_res(images, dtype, device), high_res, _fusion_weights(variant, dtype, device), variant, save
+    low, high = widths
+    high_res = maps((images, high, GRID, GRID), dtype, layout, device)
+    weights = _fusion_weights(variant, widths, dtype, device)
+    return _low_res(images, low, dtype, device), high_res, weights, variant, save
 
 
 def fusion_backward_arguments(
-    images: int, variant: str, dtype: torch.dtype, layout: str, device: torch.device
+    images: int,
+    variant: str,
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device,
+    widths: tuple[int, int] = WIDTHS,
 ) -> tuple[Any, ...]:
-    low_res, high_res, weights, _, _ = fusion_arguments(images, variant, True, dtype, layout, device)
-    width = IMAGE_WIDTH if variant == "gate_sum" else 2 * IMAGE_WIDTH
+    low, high = widths
+    low_res, high_res, weights, *_ = fusion_arguments(images, variant, True, dtype, layout, device, widths)
     grad, low_pre, high_pre = (
         torch.randn(images, TOKENS, size, dtype=dtype, device=device)
-        for size in (width, IMAGE_WIDTH, HIGH_WIDTH)
+        for size in (low if variant == "gate_sum" else 2 * low, low, high)
     )
     means = low_res.new_empty(0)
     if variant.startswith("gate"):
-        means = torch.randn(images, 2 * IMAGE_WIDTH + HIGH_WIDTH, device=device) / TOKENS**0.5
+        means = torch.randn(images, 2 * low + high, device=device) / TOKENS**0.5
     needed = [True] * (2 + len(weights))
     return grad, low_res, high_res, weights, low_pre, high_pre, means, variant, needed
 
@@ -344,8 +364,8 @@ def fusion_backward_arguments(
 def _convolution_arguments(
     images: int, save: bool, dtype: torch.dtype, layout: str, device: torch.device
 ) -> tuple[Any, ...]:
-    weight, bias = _fusion_weights("concat_projected", dtype, device)[4:6]
-    return _low_res(images, dtype, device), weight, bias, GRID, GRID, save
+    weight, bias = _fusion_weights("concat_projected", WIDTHS, dtype, device)[4:6]
+    return _low_res(images, IMAGE_WIDTH, dtype, device), weight, bias, GRID, GRID, save
 
 
 def _convolution_backward_arguments(
@@ -390,7 +410,7 @@ OPS = (
     *(
         Op(name, "mgllava_kernels._triton.projector", _projected(arguments), layouts=("contiguous",))
         for name, arguments in (
-            ("grouped_mlp_projector", _projector_arguments),
+            ("grouped_mlp_projector", projector_arguments),
             ("grouped_mlp_projector_backward", _projector_backward_arguments),
             ("linear_gelu", _linear_arguments),
             ("linear_gelu_backward", _linear_backward_arguments),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mgllava_kernels import backend, reference
 from mgllava_kernels._autocast import autocast_operands
-from mgllava_kernels._checks import check_alike, check_int, check_tensor, check_width
+from mgllava_kernels._checks import check_alike, check_int, check_map, check_tensor, check_width
 from mgllava_kernels._layers import fusion_obstacle
 
 for _name in ("conv_gate_fusion", "depthwise_conv_gelu"):
@@ -242,7 +242,10 @@ def _check_variant(variant: str) -> None:
 
 def _check_maps(low_res: Tensor, high_res: Tensor) -> None:
     check_tensor("low_res", low_res, ("B", "N", "D"))
-    check_tensor("high_res", high_res, (low_res.shape[0], "C", "H", "W"))
+    check_map("high_res", high_res, (low_res.shape[0], "C", "H", "W"))
+    for name, width_name, value in (("low_res", "D", low_res.shape[2]), ("high_res", "C", high_res.shape[1])):
+        if value == 0:
+            raise ValueError(f"{name} must have at least one channel, got {width_name} = 0")
     tokens, (height, width) = low_res.shape[1], high_res.shape[2:]
     if tokens != height * width:
         raise ValueError(

@@ -37,6 +37,12 @@ def vision_neck(
     Returns:
         Image tokens (B, N, T) and object tokens (K, T), in the order of the boxes.
 
+    Bytes and FLOPs forward in bfloat16 at published sizes (tokens 576x1024, four stages of 26.5 MB a picture, T
+    4096), for 1, 8 and 32 pictures of 100 boxes each: 145, 377 and 1,176 MB, of which 111 MB are weights; 36, 288
+    and 1,151 GFLOP. At 600 TFLOP/s that is 60, 480 and 1,918 µs, set by the FLOPs, four fifths of them the
+    projectors'. The original composition writes 425 MB a picture of joined maps and 3.6 GB of sampled boxes, in
+    float32, before it averages them.
+
     Raises:
         TypeError, ValueError, RuntimeError: as the ops it is made of.
 
@@ -44,7 +50,7 @@ def vision_neck(
     """
     if isinstance(stages, Tensor) or not isinstance(stages, Sequence) or len(stages) == 0:
         raise TypeError(f"stages must be a non-empty sequence of maps, got {type(stages).__name__}")
-    fused = fusion(low_res, stages[-1])
+    # The objects first: their arguments are checked before anything is computed.
     objects = pooled_roi_align(
         stages,
         boxes,
@@ -53,5 +59,6 @@ def vision_neck(
         sampling_ratio=sampling_ratio,
         aligned=aligned,
     )
+    fused = fusion(low_res, stages[-1])
     image_tokens, object_tokens = project_groups([image_projector, object_projector], [fused, objects])
     return image_tokens, object_tokens

@@ -336,19 +336,19 @@ def _grouped_setup(ctx, inputs, output):
 
 def _grouped_autograd(ctx, grads):
     backend.refuse_batched_gradients("mlp_projector", *grads)
-    groups = ctx.groups
+    sets = range(ctx.groups)
     saved = ctx.saved_tensors
-    xs, w1s, w2s, pre_activations = (list(saved[groups * part : groups * (part + 1)]) for part in range(4))
-    # A set whose output was not used gets zeros: its weights may still be asked for.
-    outputs = [
-        torch.zeros(*x.shape[:-1], w2.shape[0], dtype=x.dtype, device=x.device) if grad is None else grad
-        for grad, x, w2 in zip(grads[:groups], xs, w2s, strict=True)
-    ]
+    xs, w1s, w2s, pre_activations = (saved[ctx.groups * i : ctx.groups * (i + 1)] for i in range(4))
+    # Nothing flows into a set whose output was not used: zeros in its place would make NaN of what is infinite.
+    used = [i for i in sets if grads[i] is not None]
     needs = list(zip(*ctx.needs_input_grad[:5], strict=True))
-    needed = [need for group in needs for need in group]
-    results = iter(_grouped_mlp_projector_backward(outputs, xs, w1s, w2s, pre_activations, needed, ctx.path))
-    by_group = [[next(results) if need else None for need in group] for group in needs]
-    return *(list(column) for column in zip(*by_group, strict=True)), None, None
+    results: dict[int, list[Tensor | None]] = {i: [None] * 5 for i in sets}
+    if used:
+        columns = ([column[i] for i in used] for column in (grads, xs, w1s, w2s, pre_activations))
+        needed = [need for i in used for need in needs[i]]
+        found = iter(_grouped_mlp_projector_backward(*columns, needed, ctx.path))
+        results.update({i: [next(found) if need else None for need in needs[i]] for i in used})
+    return *(list(column) for column in zip(*results.values(), strict=True)), None, None
 
 
 _grouped_mlp_projector.register_autograd(_grouped_autograd, setup_context=_grouped_setup)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgllava_kernels._triton.gate_head import gate_of
+from mgllava_kernels._triton.gate_head import BLOCK_H, gate_of
 from mgllava_kernels._triton.launch import Target, multiple, target_of
 from mgllava_kernels._triton.matmul import (
     add_bias,
@@ -27,9 +27,6 @@ from mgllava_kernels._triton.product_configs import (
     wants_descriptors,
 )
 from mgllava_kernels.configs import Config, Sizes, Space, choose
-
-# Elements of the gate's hidden layer that a program takes at once.
-BLOCK_H = 512
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A kernel that multiplies matrices composes these jit functions:
     row, column = grouped_tile(tile, row_tiles, column_tiles, GROUP)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     accumulator = add_product(accumulator, a_ptr, b_ptr, row * BLOCK_M, column * BLOCK_N, M, N, K, 0, K, strides...)
-    values = bias_gelu(accumulator, bias_ptr, column * BLOCK_N, N)
+    values = gelu(add_bias(accumulator, bias_ptr, column * BLOCK_N, N))
 
 A product that continues another is a second call on the accumulator, scaled or not in between. A is (M, K) and B
 is (N, K), each anywhere in memory: `matrix_layout` says on the host which axis is adjacent and what the compiler
@@ -267,12 +267,6 @@ def add_bias(accumulator, bias_ptr, column, columns):
     """accumulator[m, n] + bias[column + n]."""
     n = column + tl.arange(0, accumulator.shape[1])
     return accumulator + tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def bias_gelu(accumulator, bias_ptr, column, columns):
-    """GELU(accumulator[m, n] + bias[column + n])."""
-    return gelu(add_bias(accumulator, bias_ptr, column, columns))
 
 
 @triton.jit

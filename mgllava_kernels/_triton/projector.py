@@ -187,7 +187,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _multiply(space: Space, epilogue: str, products: Sequence[Product]) -> list[Tensor]:
-    """`multiply`, or torch's matrix products where the config says so; column sums with "gelu_backward"."""
+    """`multiply`, or torch's matrix products where the config says so; column sums with "gelu_backward".
+
+    One entry of a table decides for all token sets of a layer: that of the largest product's weight, at the number
+    of tokens of all.
+    """
     if not products:
         return []
     config = (config_of_weights if space is WEIGHT_GRADIENT else config_of_tokens)(space, products)
@@ -197,7 +201,11 @@ def _multiply(space: Space, epilogue: str, products: Sequence[Product]) -> list[
 
 
 def _multiply_in_torch(one: Product, epilogue: str) -> list[Tensor]:
-    """What `_multiply` returns for one product, by torch's matrix products."""
+    """What `_multiply` returns for one product, by torch's matrix products.
+
+    cuBLAS adds the bias in its epilogue. GELU is a pass of its own: `torch._addmm_activation` fuses the tanh
+    approximation, another function.
+    """
     if one.bias is not None:
         sums = torch.addmm(one.bias, one.a, one.b.T, out=one.out if one.second is None else one.second)
         if epilogue == "bias_gelu":

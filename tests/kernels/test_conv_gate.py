@@ -454,3 +454,35 @@ def test_module_names_a_bad_variant_and_a_bad_grid():
     for module in (ConvGateFusion(4, 6), hooked):
         with pytest.raises(ValueError, match="7 tokens, 3 x 2 = 6 positions"):
             module(torch.zeros(1, 7, 4), HIGH[:1])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_programs_hold_the_op(strict):
+    module = ConvGateFusion(4, 6)
+    values = torch.randn(2, 12, 4), torch.randn(2, 6, 3, 4)
+    program = torch.export.export(module, values, strict=strict)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "mgllava.conv_gate_fusion.default" in targets
+    torch.testing.assert_close(program.module()(*values), module(*values))
+
+
+@pytest.mark.parametrize(
+    ("low_shape", "high_shape", "message"),
+    [
+        ((2, 0, 4), (2, 6, 0, 5), "high_res must have at least one row and one column"),
+        ((2, 4, 0), (2, 6, 2, 2), "low_res must have at least one channel, got D = 0"),
+        ((2, 4, 4), (2, 0, 2, 2), "high_res must have at least one channel, got C = 0"),
+    ],
+)
+def test_empty_maps_are_named(low_shape, high_shape, message):
+    with pytest.raises(ValueError, match=message):
+        ConvGateFusion(4, 6)(torch.randn(low_shape), torch.randn(high_shape))
+
+
+def test_sparse_and_nested_tensors_are_named():
+    module = ConvGateFusion(4, 6)
+    with pytest.raises(ValueError, match="low_res must be a dense tensor, got a sparse_coo one"):
+        module(torch.randn(2, 12, 4).to_sparse(), torch.randn(2, 6, 3, 4))
+    nested = torch.nested.nested_tensor([torch.randn(12, 4), torch.randn(12, 4)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="low_res must be a dense tensor, got a nested one"):
+        module(nested, torch.randn(2, 6, 3, 4))

@@ -262,6 +262,17 @@ def test_projections_of_different_layouts_are_not_described_as_one(turned):
         assert relative_error(run("triton", module, values), expected) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "name", ["high_res_conv", "high_res_proj", "low_res_conv", "low_res_proj", "gate_in"]
+)
+def test_biases_with_gaps(name):
+    module, values = fusion(), inputs()
+    expected = run("reference", module, values)
+    bias = getattr(module, name).bias
+    bias.data = torch.stack([bias.data, torch.full_like(bias.data, 100.0)], dim=1)[:, 0]
+    assert relative_error(run("triton", module, values), expected) < 1e-6
+
+
 def test_channels_far_apart_in_memory():
     """Only four elements of each stretch of 2^30 are ever touched; 32 bits do not reach the last."""
     memory = torch.empty(3 * 2**30 + 4, dtype=torch.float16, device=KERNEL_DEVICE)

@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from torch import nn
 
-from mgllava_kernels import ConvGateFusion, Projector, backend, project_groups, use_backend
+from mgllava_kernels import ConvGateFusion, Projector, backend, project_groups, reference, use_backend
 from mgllava_kernels._layers import call_obstacle, fusion_obstacle
 
 X = torch.ones(2, 5)
@@ -173,3 +173,30 @@ def test_project_groups_refuses_an_explicit_triton():
     projector, (x,), message = hooked_projector()
     with use_backend("triton"), pytest.raises(RuntimeError, match=message):
         project_groups([projector, projector], [x, x])
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [
+        ("low_res_conv", nn.Conv2d(4, 4, 7, padding=3, groups=4, padding_mode="circular")),
+        ("low_res_conv", nn.Conv2d(4, 4, 7, padding=9, groups=4, dilation=3)),
+        ("low_res_conv", nn.Conv2d(4, 4, 5, padding=2, groups=4)),
+        ("low_res_conv", nn.Conv2d(4, 4, 7, padding=3)),
+        ("high_res_proj", nn.Conv2d(6, 4, 3, padding=1)),
+    ],
+    ids=str,
+)
+def test_a_convolution_of_another_kind_is_called(name, replacement):
+    torch.manual_seed(0)
+    fusion = ConvGateFusion(4, 6)
+    for parameter in fusion.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    setattr(fusion, name, replacement)
+    low_res, high_res = torch.randn(2, 12, 4), torch.randn(2, 6, 3, 4)
+    names = ("high_res_conv", "high_res_proj", "low_res_conv", "low_res_proj", "gate_in", "gate_out")
+    expected = reference.conv_gate_fusion(
+        low_res, high_res, *(getattr(fusion, layer) for layer in names), "gate_sum"
+    )
+    torch.testing.assert_close(fusion(low_res, high_res), expected)
+    with pytest.raises(RuntimeError, match=f"{name} is Conv2d"), use_backend("triton"):
+        fusion(low_res, high_res)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import PATHS, random_boxes, relative_error
+from kernel_cases import KERNEL_DEVICE, PATHS, random_boxes, relative_error
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align, use_backend, vision_neck
@@ -42,6 +42,52 @@ def test_it_is_its_parts_one_after_the_other(path):
     gradients = torch.autograd.grad(image.sum() + objects.sin().sum(), learning)
     for gradient, value in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-5)
+
+
+def on_the_kernels_device(dtype=torch.float32):
+    """Modules, both towers' features and boxes as rows and as a list."""
+    modules, (low_res, stages) = parts(), features()
+    modules = {name: module.to(KERNEL_DEVICE, dtype) for name, module in modules.items()}
+    low_res, *stages = (
+        value.detach().to(KERNEL_DEVICE, dtype).requires_grad_() for value in (low_res, *stages)
+    )
+    rows = random_boxes(7, 32, images=2).to(KERNEL_DEVICE)
+    return modules, low_res, stages, (rows, [rows[rows[:, 0] == image, 1:] for image in (0, 1)])
+
+
+def tokens_and_gradients(path, modules, low_res, stages, boxes):
+    with use_backend(path):
+        image, objects = vision_neck(low_res, stages, boxes, **modules, spatial_scale=SCALE, output_size=3)
+    learning = [low_res, *stages, *(value for part in modules.values() for value in part.parameters())]
+    total = image.float().square().sum() + objects.float().square().sum()
+    return [image, objects, *torch.autograd.grad(total, learning)]
+
+
+def test_triton_computes_what_the_reference_does():
+    modules, low_res, stages, kinds = on_the_kernels_device()
+    for boxes in kinds:
+        actual, expected = (
+            tokens_and_gradients(path, modules, low_res, stages, boxes) for path in ("triton", "reference")
+        )
+        for value, other in zip(actual, expected, strict=True):
+            assert relative_error(value, other) < 1e-5
+
+
+@pytest.mark.skipif(KERNEL_DEVICE == "cpu", reason="needs a GPU: captures a CUDA graph")
+@pytest.mark.parametrize("kind", ["rows", "list"])
+def test_replays_in_a_cuda_graph(kind):
+    modules, low_res, stages, kinds = on_the_kernels_device(torch.bfloat16)
+    arguments = modules, low_res, stages, kinds[kind == "list"]
+    tokens_and_gradients("triton", *arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = tokens_and_gradients("triton", *arguments)
+    with torch.no_grad():
+        for value in (low_res, *stages):
+            value.copy_(torch.randn_like(value))
+    graph.replay()
+    for value, expected in zip(captured, tokens_and_gradients("triton", *arguments), strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_four_graphs_for_any_sequence_of_box_counts():

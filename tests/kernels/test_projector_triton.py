@@ -386,7 +386,7 @@ def _dual_kernel(
             *(a_m, a_k, b_n, b_k),
             *(A_LAYOUT, B_LAYOUT, A_ALIGN, B_ALIGN, DESCRIPTORS, BLOCK_K, "ieee"),
         )
-        values = matmul.bias_gelu(accumulator, bias_ptr, column, columns)
+        values = matmul.gelu(matmul.add_bias(accumulator, bias_ptr, column, columns))
         offsets, inside = matmul.tile_offsets(row, column, rows, columns, BLOCK_M, BLOCK_N, 1)
         tl.store(out_ptr + offsets, values, mask=inside)
 
