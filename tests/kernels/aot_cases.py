@@ -31,6 +31,7 @@ from mgllava_kernels._workloads import (
     Workload,
     fusion_arguments,
     fusion_backward_arguments,
+    projector_arguments,
     random_boxes,
 )
 from mgllava_kernels.aot import (
@@ -137,10 +138,11 @@ def covered(op: Op, target: str) -> dict[tuple[torch.dtype, str], Op]:
     """By dtype and layout the calls of `op` to compile for a target.
 
     All calls in bfloat16 in the first layout; of the other layouts, of float32 and, on sm_90, of float16 the
-    first call. Conv-Gate launches three times as many kernels as any other op: of its calls all but the first are
-    compiled for sm_90 alone, in float32 for sm_90 and gfx942, in float16 nowhere. Everything takes three times as
-    long: set EVERYTHING, or run `python -m mgllava_kernels.aot`, which fails on what these tests fail on, but for
-    the instructions that they expect.
+    first call. Conv-Gate launches three times as many kernels as any other op: all its calls are compiled for sm_90
+    alone, for the other targets the first and the forward calls whose result has two parts side by side; in float16
+    the fusion alone. Everything takes three times as long: set EVERYTHING, or run
+    `python -m mgllava_kernels.aot`, which fails on what these tests fail on, but for the instructions that they
+    expect.
     """
     first = replace(op, workloads=op.workloads[:1])
     found = {}
@@ -148,23 +150,46 @@ def covered(op: Op, target: str) -> dict[tuple[torch.dtype, str], Op]:
         main = layout == op.layouts[0]
         if EVERYTHING in os.environ:
             found[dtype, layout] = op
+        elif dtype == torch.bfloat16 and not main:
+            found[dtype, layout] = first
         elif dtype == torch.bfloat16:
-            whole = main and (op.module != CONV_GATE or target == "sm_90")
-            found[dtype, layout] = op if whole else first
+            whole = op.module != CONV_GATE or target == "sm_90"
+            found[dtype, layout] = op if whole else replace(op, workloads=first_and_side_by_side(op))
         elif main and target in targets_of(op, dtype):
             found[dtype, layout] = first
     return found
 
 
+def first_and_side_by_side(op: Op) -> tuple[Workload, ...]:
+    others = op.workloads[1:] if op.name == "conv_gate_fusion" else ()
+    return (op.workloads[0], *(call for call in others if "concat" in call.name))
+
+
 def targets_of(op: Op, dtype: torch.dtype) -> tuple[str, ...]:
     """The targets that the first call of `op` is compiled for in another dtype than bfloat16."""
     if dtype == torch.float16:
-        return () if op.module == CONV_GATE else ("sm_90",)
-    return ("sm_90", "gfx942") if op.module == CONV_GATE else DEFAULT_TARGETS
+        return ("sm_90",) if op.module != CONV_GATE or op.name == "conv_gate_fusion" else ()
+    return DEFAULT_TARGETS
+
+
+ODD = "odd widths"
+# Calls whose matrices have rows that are no multiples of 16 bytes, in bfloat16, and the targets to compile them for.
+# The projectors' image tokens are aligned, their objects are not.
+ODD_CALLS = {
+    "grouped_mlp_projector": (("sm_90",), partial(projector_arguments, 32, 100, object_width=2881)),
+    "conv_gate_fusion": (
+        ("sm_90", "gfx942"),
+        partial(fusion_arguments, 8, "gate_sum", True, widths=(1001, 1501)),
+    ),
+    "conv_gate_fusion_backward": (
+        ("sm_90", "gfx942"),
+        partial(fusion_backward_arguments, 8, "gate_sum", widths=(1001, 1501)),
+    ),
+}
 
 
 def ops() -> list[dict]:
-    """What `covered` says of every op on every target, and the shipped configs."""
+    """What `covered` says of every op on every target, the calls of odd widths, and the shipped configs."""
     targets = [TARGETS[name] for name in DEFAULT_TARGETS]
     # Neighbours run at the same time: of different targets, they do not compile the same kernel twice.
     jobs = [
@@ -173,6 +198,13 @@ def ops() -> list[dict]:
         for which in product(DTYPES, op.layouts)
         for target in targets
         if which in covered(op, target.name)
+    ]
+    jobs += [
+        Job(replace(op, workloads=(Workload(ODD, arguments),)), TARGETS[name], torch.bfloat16, op.layouts[0])
+        for op in OPS
+        if op.name in ODD_CALLS
+        for names, arguments in [ODD_CALLS[op.name]]
+        for name in names
     ]
     jobs += [job for job in plan(OPS, targets, DTYPES) if job.forced is not None]
     return [
