@@ -501,8 +501,8 @@ def _weight_gradient_kernel(
 def _convolution_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _convolution_config(16, 32, 2, 4)
-    if _scattered(target, dtype, sizes):
-        return _convolution_config(8, 32, 2, 2)
+    if _scattered(dtype, sizes):
+        return _convolution_config(8, 32, 2, 4)
     columns = 16 if target.backend == "hip" else 8 * dtype.itemsize
     return _convolution_config(columns, 128 // dtype.itemsize, 4, 128 // target.warp_size)
 
@@ -510,14 +510,14 @@ def _convolution_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, cou
 def _weight_heuristic(target: Target, dtype: torch.dtype, sizes: Sizes, count: int) -> Config:
     if target.backend == "interpreter":
         return _weight_config(16, 32, 2, 1, 4)
-    if _scattered(target, dtype, sizes):
-        return _weight_config(8, 32, 4, 4, 2)
+    if _scattered(dtype, sizes):
+        return _weight_config(8, 32, 4, 4, 4)
     return _weight_config(16, 128 // dtype.itemsize, 4, 4, 128 // target.warp_size)
 
 
-def _scattered(target: Target, dtype: torch.dtype, sizes: Sizes) -> bool:
-    """Whether each element has a mask of its own, for which AMD's scalar registers are few."""
-    return target.backend == "hip" and sizes["D"] * dtype.itemsize % 16 != 0
+def _scattered(dtype: torch.dtype, sizes: Sizes) -> bool:
+    """Whether each element has an address and a mask of its own, so that wider tiles spill."""
+    return sizes["D"] * dtype.itemsize % 16 != 0
 
 
 def _convolution_config(block_q: int, block_d: int, rows: int, warps: int) -> Config:
