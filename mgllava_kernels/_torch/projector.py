@@ -50,7 +50,7 @@ def grouped_mlp_projector(
         hidden = F.gelu(pre_activation)
         if save:
             pre_activations.append(pre_activation)
-        # Its memory serves the output: a quarter less at the peak.
+        # Its memory can serve the output.
         del pre_activation
         outputs.append(F.linear(hidden, w2, b2))
     return outputs + pre_activations
