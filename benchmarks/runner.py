@@ -1,6 +1,7 @@
 """One case after the other: check, time, memory, rows."""
 
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
@@ -77,10 +78,13 @@ def _cpu_name() -> str:
 
 
 def current_commit() -> str | None:
-    """The last commit that changed the code, with `-dirty` if files differ from it; None without git."""
+    """The last commit that changed the code, with `-dirty` if files differ from it.
+
+    Without a git checkout it is what the environment variable GIT_COMMIT says, or None.
+    """
     commit = _git("log", "-1", "--format=%h", "--", *CODE)
     if not commit:
-        return None
+        return os.environ.get("GIT_COMMIT") or None
     return commit + "-dirty" if _git("status", "--porcelain", "--", *CODE) else commit
 
 
@@ -123,7 +127,8 @@ class Runner:
     def measure(self, job: Job) -> list[Row]:
         """The rows of one job: every provider, timed or with the reason why not."""
         device, dtype = self.conditions.device, getattr(torch, job.dtype)
-        rows = {provider.name: self._blank(job, provider) for provider in job.providers}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        rows = {provider.name: self._blank(job, provider, now) for provider in job.providers}
         free = memory.available(device)
         able = []
         for provider in job.providers:
@@ -142,7 +147,7 @@ class Runner:
             self._on_cpu(job, problem, right, rows)
         return list(rows.values())
 
-    def _blank(self, job: Job, provider: Provider) -> Row:
+    def _blank(self, job: Job, provider: Provider, run: str) -> Row:
         sizes, dtype, cost = job.case.sizes, getattr(torch, job.dtype), job.benchmark.cost
         return Row(
             op=job.benchmark.name,
@@ -156,7 +161,7 @@ class Runner:
             launch="eager",
             versions=self.conditions.versions,
             commit=self.conditions.commit,
-            run=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            run=run,
             origin=job.case.origin,
             tolerance=tolerance(job.benchmark, dtype, job.mode),
             floor_ms=None
