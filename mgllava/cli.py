@@ -174,10 +174,12 @@ def train(
     On several GPUs: accelerate launch --config_file CONFIG -m mgllava train RECIPE; the package's folder
     training/launch holds configurations for DDP, FSDP2 and DeepSpeed.
     """
+    from .pretraining import PretrainingRecipe, pretrain
     from .training import load_recipe
     from .training import train as run
 
-    result = run(load_recipe(recipe))
+    settings = load_recipe(recipe)
+    result = pretrain(settings) if isinstance(settings, PretrainingRecipe) else run(settings)
     if os.environ.get("RANK", "0") == "0":
         print(result)
 

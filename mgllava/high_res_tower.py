@@ -69,8 +69,9 @@ class MGLlavaHighResTower(nn.Module):
                 init.trunc_normal_(module.weight, std=self.config.initializer_range)
                 if module.bias is not None:
                     init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
+            elif getattr(module, "weight", None) is not None:  # timm has several kinds of norms
                 init.ones_(module.weight)
-                init.zeros_(module.bias)
+                if getattr(module, "bias", None) is not None:
+                    init.zeros_(module.bias)
             if isinstance(getattr(module, "gamma", None), nn.Parameter):
                 init.constant_(module.gamma, self.config.layer_scale_init)

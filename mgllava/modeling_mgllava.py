@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from mgllava_kernels import ConvGateFusion, Projector, vision_neck
+from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align, project_groups, vision_neck
 
 from .configuration_mgllava import MGLlavaConfig
 from .high_res_tower import MGLlavaHighResTower
@@ -40,6 +40,24 @@ class MGLlavaImageFeatures(ModelOutput):
     """
 
     pooler_output: list[Tensor] | None = None
+    num_objects: Tensor | None = None
+
+
+@dataclass
+class MGLlavaTowerFeatures(ModelOutput):
+    """What `encode_towers` returns: all that the neck reads of pictures, so frozen towers need to run only once.
+
+    Attributes:
+        low_res: (images, N, D), the ViT's tokens.
+        high_res: (images, C, H, W), the last ConvNeXt stage.
+        objects: (images, K_max, ΣC_l), every box pooled over all stages; rows from `num_objects` on are padding.
+            None: no object tokens.
+        num_objects: (images,). None: all K_max.
+    """
+
+    low_res: Tensor | None = None
+    high_res: Tensor | None = None
+    objects: Tensor | None = None
     num_objects: Tensor | None = None
 
 
@@ -204,14 +222,61 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 fusion=self.fusion,
                 image_projector=self.image_projector,
                 object_projector=self.object_projector,
-                spatial_scale=stages[0].shape[-1] / self.config.high_res_config.image_size,
-                output_size=self.config.roi_output_size,
-                sampling_ratio=self.config.roi_sampling_ratio,
-                aligned=self.config.roi_aligned,
+                **self._roi_arguments(stages),
             )
             object_tokens = object_tokens.to(image_tokens.device).unflatten(0, boxes.shape[:2])
             tokens = torch.cat([image_tokens, object_tokens], dim=1)
         return MGLlavaImageFeatures(pooler_output=list(tokens), num_objects=num_boxes)
+
+    def encode_towers(
+        self,
+        pixel_values: Tensor,
+        pixel_values_high_res: Tensor | None = None,
+        boxes: Tensor | None = None,
+        num_boxes: Tensor | None = None,
+    ) -> MGLlavaTowerFeatures:
+        """The first half of `get_image_features`, up to where the neck's parameters begin; arguments are the same.
+
+        Its result goes to `project_towers`, or to the model as `mm_encoder_outputs={"towers": ...}`. Both halves
+        in one, with fewer launches, are `get_image_features`.
+        """
+        self._check_picture_inputs(pixel_values, pixel_values_high_res, boxes, num_boxes)
+        low_res = self.encode_low_res(pixel_values)
+        stages = self.high_res_tower(pixel_values_high_res.to(self.high_res_tower.dtype))
+        objects = None
+        if boxes is not None:
+            rows = self._box_rows(boxes, num_boxes, stages[0].device)
+            objects = pooled_roi_align(stages, rows, **self._roi_arguments(stages))
+            objects = objects.unflatten(0, boxes.shape[:2])
+        return MGLlavaTowerFeatures(
+            low_res=low_res, high_res=stages[-1], objects=objects, num_objects=num_boxes
+        )
+
+    def project_towers(self, towers: MGLlavaTowerFeatures | dict[str, Tensor]) -> MGLlavaImageFeatures:
+        """The second half of `get_image_features`: fusion and projectors.
+
+        Args:
+            towers: from `encode_towers`, or a dictionary with the same entries.
+        """
+        objects = towers.get("objects")
+        fused = self.fusion(towers["low_res"], towers["high_res"])
+        if objects is None:
+            tokens = self.image_projector(fused)
+        else:
+            image_tokens, object_tokens = project_groups(
+                [self.image_projector, self.object_projector], [fused, objects.flatten(0, 1)]
+            )
+            object_tokens = object_tokens.to(image_tokens.device).unflatten(0, objects.shape[:2])
+            tokens = torch.cat([image_tokens, object_tokens], dim=1)
+        return MGLlavaImageFeatures(pooler_output=list(tokens), num_objects=towers.get("num_objects"))
+
+    def _roi_arguments(self, stages: list[Tensor]) -> dict[str, Any]:
+        return {
+            "spatial_scale": stages[0].shape[-1] / self.config.high_res_config.image_size,
+            "output_size": self.config.roi_output_size,
+            "sampling_ratio": self.config.roi_sampling_ratio,
+            "aligned": self.config.roi_aligned,
+        }
 
     def _check_picture_inputs(
         self,
@@ -357,14 +422,17 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        mm_encoder_outputs: dict[str, MGLlavaImageFeatures] | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MGLlavaModelOutputWithPast:
         """Hidden states of the language model; arguments as in `MGLlavaForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        features = (mm_encoder_outputs or {}).get("image")
+        encoded = mm_encoder_outputs or {}
+        features = encoded.get("image")
+        if features is None and "towers" in encoded:
+            features = self.project_towers(encoded["towers"])
         if pixel_values is not None:
             if features is not None:
                 raise ValueError("expected pixel_values or mm_encoder_outputs, got both")
@@ -467,7 +535,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        mm_encoder_outputs: dict[str, MGLlavaImageFeatures] | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MGLlavaCausalLMOutputWithPast:
@@ -483,7 +551,8 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             attention_mask: (B, L), padding on either side.
             labels: (B, L), -100 where nothing is to be learned; placeholders are ignored as well.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for given indices.
-            mm_encoder_outputs: `{"image": features}` from `get_image_features`, in place of the pictures.
+            mm_encoder_outputs: in place of the pictures `{"image": features}` from `get_image_features`, or
+                `{"towers": features}` from `MGLlavaModel.encode_towers`.
             mm_token_type_ids: accepted for serving engines; the placeholders' ids already say what it says.
 
         Raises:
@@ -574,6 +643,8 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         encoded = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
         if pictures["pixel_values"] is not None:
             encoded["image"] = self.get_image_features(**pictures)
+        elif "towers" in encoded:
+            encoded["image"] = self.model.project_towers(encoded.pop("towers"))
         if (features := encoded.get("image")) is not None and expand_size > 1:
             if input_ids is None:
                 raise ValueError("pictures came with inputs_embeds; expected input_ids")

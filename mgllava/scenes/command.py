@@ -1,4 +1,4 @@
-"""`mgllava scenes write | blind | legibility | sheet`."""
+"""`mgllava scenes write | evaluate | blind | legibility | sheet`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def scenes_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> ty
         add_completion=False,
         pretty_exceptions_show_locals=False,
     )
-    for command in (write, blind, legibility, sheet):
+    for command in (write, evaluate, blind, legibility, sheet):
         app.command()(wrap(command))
     return app
 
@@ -52,6 +52,30 @@ def write(
     families = family or list(FAMILIES)
     options: dict[str, Any] = {"turns": turns, "first": first, "high_res_size": high_res_size}
     print("wrote", write_split(folder, split, scenes, families=families, progress=True, **options))
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder of a model that was trained on scenes, or a hub id.")],
+    split: Annotated[str, typer.Option(help=SPLIT_HELP)] = "test",
+    scenes: Annotated[int, typer.Option(min=1, help="How many; each gets one question.")] = 2000,
+    show: Annotated[
+        str, typer.Option(help="all, no_objects, or low_res: what of each picture the model gets.")
+    ] = "all",
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """How many questions a model answers exactly, by family and by the size of what is asked about."""
+    from ..chat import load_model
+    from .evaluate import evaluate_answers
+
+    loaded, processor = load_model(model, "float32", device)
+    rows = evaluate_answers(
+        loaded, processor, split=split, num_scenes=scenes, show=show, batch_size=batch_size, progress=True
+    )
+    _print_table(
+        ("questions about", "number", "right", "±", "chance"),
+        [(row.group, row.questions, row.accuracy, row.margin, row.chance) for row in rows],
+    )
 
 
 def blind(

@@ -23,7 +23,7 @@ class Collator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The model's inputs.
 
         Args:
@@ -31,7 +31,8 @@ class Collator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, each (samples, length); where a sample has a picture also
-            `pixel_values`, `pixel_values_high_res`, `boxes` (pictures, K_max, 4) int64 and `num_boxes` (pictures,).
+            `pixel_values`, `pixel_values_high_res`, `boxes` (pictures, K_max, 4) int64 and `num_boxes` (pictures,),
+            or `mm_encoder_outputs` with the towers' features.
         """
         ids = [torch.tensor(sample["input_ids"]) for sample in samples]
         labels = [torch.tensor(sample["labels"]) for sample in samples]
@@ -48,4 +49,17 @@ class Collator:
             batch["num_boxes"] = torch.tensor([rows.shape[1] for rows in boxes])
             for name in ("pixel_values", "pixel_values_high_res"):
                 batch[name] = torch.cat([sample[name] for sample in pictured])
+        encoded = [sample for sample in samples if "objects" in sample]
+        if encoded:
+            batch["mm_encoder_outputs"] = {"towers": _stack_features(encoded)}
         return batch
+
+
+def _stack_features(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Entries of `MGLlavaTowerFeatures`."""
+    return {
+        "low_res": torch.stack([sample["low_res"] for sample in samples]),
+        "high_res": torch.stack([sample["high_res"] for sample in samples]),
+        "objects": pad_sequence([sample["objects"] for sample in samples], batch_first=True),
+        "num_objects": torch.tensor([len(sample["objects"]) for sample in samples]),
+    }

@@ -1,8 +1,11 @@
 """A record becomes ids, labels and pictures, in the layout of the original training."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 from ..modeling_mgllava import IGNORE_INDEX
 from ..processing_mgllava import MGLlavaProcessor
 from .errors import BadRecord
+from .features import FeatureStore
 from .records import IMAGE_TOKEN, Record, read_image
 
 __all__ = ["EncodedText", "Encoder"]
@@ -19,6 +23,7 @@ __all__ = ["EncodedText", "Encoder"]
 NEARLY_FULL = 50
 
 BAD_TEXT = "its text does not fit its picture"
+NO_ROOM = "its text nearly fills the limit, which stored features do not allow for"
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,22 @@ class Encoder:
         processor: the model's, with the chat template of its training.
         text_limit: tokens a conversation may have, its picture counting as one; what is beyond is cut off.
             Object tokens come on top. The original's is 2048 less the image tokens.
+        show: what of a picture the model gets; see `Recipe`.
+
+    Attributes:
+        features: where the towers' features of pictures are; None: samples hold the pictures.
 
     Raises:
         ValueError: fewer than one token.
     """
 
-    def __init__(self, processor: MGLlavaProcessor, text_limit: int) -> None:
+    def __init__(self, processor: MGLlavaProcessor, text_limit: int, show: str = "all") -> None:
         if text_limit < 1:
             raise ValueError(f"text_limit is {text_limit}; expected at least 1")
         self.processor = processor
         self.text_limit = text_limit
+        self.show = show
+        self.features: FeatureStore | None = None
         # A processor that looks at no picture and puts one id in its place, as the original's tokenisation does.
         self._text_processor = copy.copy(processor)
         self._text_processor.image_processor = _no_pixels
@@ -98,33 +109,59 @@ class Encoder:
 
     def __call__(self, record: Record) -> dict[str, Any]:
         """A sample: `input_ids` and `labels`, lists of equal length, and for a picture also `pixel_values`
-        (1, 3, S_l, S_l), `pixel_values_high_res` (1, 3, S_h, S_h), both float32, and `boxes` (1, K, 4), int64.
+        (1, 3, S_l, S_l), `pixel_values_high_res` (1, 3, S_h, S_h), both float32, and `boxes` (1, K, 4), int64; or,
+        where the towers' features are stored, `low_res` (N, D), `high_res` (C, H, W) and `objects` (K, ΣC_l).
 
         Boxes are whole pixels; as integers they survive engines that cast floating-point inputs to half precision.
 
         Raises:
-            BadRecord: as `encode_text`, or the picture cannot be read.
+            BadRecord: as `encode_text`, the picture cannot be read, or the text is so long that the choice of boxes
+                would depend on it while features of all are stored.
         """
         text = self.encode_text(record)
         position = text.image_position
         if position is None:
             return {"input_ids": text.input_ids, "labels": text.labels}
-        pictures = self.processor.image_processor(
-            [read_image(record)],
-            [record.detections],
-            best_per_label=len(text.input_ids) >= self.text_limit - NEARLY_FULL,
-        )
-        num_boxes = int(pictures["num_boxes"][0])
+        is_nearly_full = len(text.input_ids) >= self.text_limit - NEARLY_FULL
+        if self.features is None:
+            seen = self.encode_picture(record, is_nearly_full)
+            num_objects = seen["boxes"].shape[1]
+        elif is_nearly_full:
+            raise BadRecord(NO_ROOM, f"id {record.id} has {len(text.input_ids)} tokens of {self.text_limit}")
+        else:
+            seen = self.features.read(self.picture_key(record))
+            num_objects = len(seen["objects"])
         tokens = [self.processor.image_token_id] * self.processor.num_image_tokens
-        tokens += [self.processor.object_token_id] * num_boxes
-        boxes: Tensor = pictures["boxes"]
+        tokens += [self.processor.object_token_id] * num_objects
         return {
             "input_ids": _replaced(text.input_ids, position, tokens),
             "labels": _replaced(text.labels, position, [IGNORE_INDEX] * len(tokens)),
-            "pixel_values": pictures["pixel_values"],
-            "pixel_values_high_res": pictures["pixel_values_high_res"],
-            "boxes": boxes.round().long(),
+            **seen,
         }
+
+    def encode_picture(self, record: Record, best_per_label: bool = False) -> dict[str, Tensor]:
+        """The picture's half of a sample.
+
+        Raises:
+            BadRecord: the picture cannot be read.
+        """
+        detections = record.detections if self.show == "all" else None
+        pictures = self.processor.image_processor(
+            [read_image(record)], [detections], best_per_label=best_per_label
+        )
+        high_res = pictures["pixel_values_high_res"]
+        return {
+            "pixel_values": pictures["pixel_values"],
+            # The colour of padding is zero once normalised.
+            "pixel_values_high_res": torch.zeros_like(high_res) if self.show == "low_res" else high_res,
+            "boxes": pictures["boxes"].round().long(),
+        }
+
+    def picture_key(self, record: Record) -> str:
+        """A name for what `encode_picture` makes of a record: the picture's, its detections' and `show`."""
+        picture = str(record.image) if isinstance(record.image, Path) else record.id
+        facts = [picture, record.detections, self.show]
+        return hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()
 
 
 def _replaced(values: Sequence[int], position: int, replacement: list[int]) -> list[int]:

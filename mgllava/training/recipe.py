@@ -13,7 +13,18 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import RecipeError
 
-__all__ = ["DataRecipe", "LoraRecipe", "Parts", "Recipe", "load_recipe", "shipped_recipes"]
+__all__ = [
+    "DataRecipe",
+    "LoraRecipe",
+    "Parts",
+    "Recipe",
+    "RunSettings",
+    "check_same_run",
+    "check_value",
+    "load_recipe",
+    "recipe_from_dict",
+    "shipped_recipes",
+]
 
 # What a run may be continued with other values of.
 CHANGEABLE = {
@@ -78,31 +89,19 @@ class LoraRecipe:
     dropout: float = 0.05
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A training run.
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every training run needs to know.
 
     Attributes:
-        model: folder or hub id of the model it starts from; made of `parts` if it is a folder that does not exist.
-        data: the sources of records.
         output: folder for checkpoints and the result.
-        stage: 1: fusion and projectors learn. 2: the language model (or adapters, with `lora`) as well.
         global_batch: samples of one step of the optimiser, over all processes.
         per_device_batch: samples a process takes at once; gradients of several make up the global batch.
         learning_rate: after warming up.
-        parts: see `model`.
-        neck: `neck.safetensors` of a stage 1, loaded over the model's own.
-        lora: adapters.
-        epochs: passes over the data, unless `max_steps` is given.
         max_steps: steps of the optimiser.
         schedule: of the learning rate, after warming up.
         warmup_share: share of all steps in which the learning rate rises to its value.
-        text_limit: tokens of a conversation, its picture counting as one and objects as none; by default 2048 less
-            the model's image tokens.
         precision: `bfloat16`: what learns is kept in float32, all else and the arithmetic is bfloat16.
-        gradient_checkpointing: compute the language model's activations again in the backward pass.
-        attn_implementation: of the language model, by its name in transformers.
-        max_bad_share: share of the records that may be unusable.
         workers: processes that read data, for each training process.
         seed: decides the order of the data and everything random.
         save_every: steps between checkpoints.
@@ -111,25 +110,14 @@ class Recipe:
         report_to: experiment trackers by the names of transformers' Trainer, such as `tensorboard`.
     """
 
-    model: str
-    data: list[DataRecipe]
     output: str
-    stage: Literal[1, 2]
     global_batch: int
     per_device_batch: int
     learning_rate: float
-    parts: Parts | None = None
-    neck: str | None = None
-    lora: LoraRecipe | None = None
-    epochs: int = 1
     max_steps: int | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_share: float = 0.03
-    text_limit: int | None = None
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    gradient_checkpointing: bool = True
-    attn_implementation: str | None = None
-    max_bad_share: float = 0.0
     workers: int = 4
     seed: int = 42
     save_every: int = 500
@@ -138,41 +126,16 @@ class Recipe:
     report_to: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in (
-            "global_batch",
-            "per_device_batch",
-            "epochs",
-            "save_every",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("max_steps", "text_limit"):
-            value = getattr(self, name)
-            _check(name, value, value is None or value >= 1, "at least 1")
-        _check("workers", self.workers, self.workers >= 0, "at least 0")
-        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < 1, "a number between 0 and 1")
-        _check(
+        for name in ("global_batch", "per_device_batch", "save_every", "keep_checkpoints", "log_every"):
+            check_value(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check_value("max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1, "at least 1")
+        check_value("workers", self.workers, self.workers >= 0, "at least 0")
+        check_value(
+            "learning_rate", self.learning_rate, 0 < self.learning_rate < 1, "a number between 0 and 1"
+        )
+        check_value(
             "warmup_share", self.warmup_share, 0 <= self.warmup_share < 1, "a share, 0 or more and below 1"
         )
-        _check("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share <= 1, "a share from 0 to 1")
-        _check("data", self.data, bool(self.data), "at least one source of records")
-        for index, source in enumerate(self.data):
-            _check_source(f"data[{index}]", source)
-        if self.lora is not None:
-            _check(
-                "lora",
-                self.lora,
-                self.stage == 2,
-                "no adapters in stage 1, where the language model is frozen",
-            )
-            _check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
-            _check("lora.alpha", self.lora.alpha, self.lora.alpha >= 1, "at least 1")
-            _check("lora.dropout", self.lora.dropout, 0 <= self.lora.dropout < 1, "0 or more and below 1")
-            if importlib.util.find_spec("peft") is None:
-                raise RecipeError(
-                    "lora needs the package peft, which is not installed; pip install 'mgllava[train]'"
-                )
 
     def accumulation(self, world_size: int) -> int:
         """Batches of each process whose gradients make up the global batch.
@@ -193,7 +156,72 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-def load_recipe(path: str | Path) -> Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RunSettings):
+    """A training run of the model, stage 1 or 2.
+
+    Attributes:
+        model: folder or hub id of the model it starts from; made of `parts` if it is a folder that does not exist.
+        data: the sources of records.
+        stage: 1: fusion and projectors learn. 2: the language model (or adapters, with `lora`) as well.
+        parts: see `model`.
+        neck: `neck.safetensors` of a stage 1, loaded over the model's own.
+        lora: adapters.
+        epochs: passes over the data, unless `max_steps` is given.
+        text_limit: tokens of a conversation, its picture counting as one and objects as none; by default 2048 less
+            the model's image tokens.
+        gradient_checkpointing: compute the language model's activations again in the backward pass.
+        attn_implementation: of the language model, by its name in transformers.
+        max_bad_share: share of the records that may be unusable.
+        features: folder that keeps what the frozen towers make of every picture, so that they run once and not in
+            every epoch and run; for models and data whose features fit a disk.
+        show: `all`; `no_objects`: pictures without their boxes; `low_res`: without them, and with a blank
+            high-resolution view. For ablations.
+    """
+
+    model: str
+    data: list[DataRecipe]
+    stage: Literal[1, 2]
+    parts: Parts | None = None
+    neck: str | None = None
+    lora: LoraRecipe | None = None
+    epochs: int = 1
+    text_limit: int | None = None
+    gradient_checkpointing: bool = True
+    attn_implementation: str | None = None
+    max_bad_share: float = 0.0
+    features: str | None = None
+    show: Literal["all", "no_objects", "low_res"] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_value("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        check_value(
+            "text_limit", self.text_limit, self.text_limit is None or self.text_limit >= 1, "at least 1"
+        )
+        check_value("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share <= 1, "a share from 0 to 1")
+        check_value("data", self.data, bool(self.data), "at least one source of records")
+        for index, source in enumerate(self.data):
+            _check_source(f"data[{index}]", source)
+        if self.lora is not None:
+            check_value(
+                "lora",
+                self.lora,
+                self.stage == 2,
+                "no adapters in stage 1, where the language model is frozen",
+            )
+            check_value("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
+            check_value("lora.alpha", self.lora.alpha, self.lora.alpha >= 1, "at least 1")
+            check_value(
+                "lora.dropout", self.lora.dropout, 0 <= self.lora.dropout < 1, "0 or more and below 1"
+            )
+            if importlib.util.find_spec("peft") is None:
+                raise RecipeError(
+                    "lora needs the package peft, which is not installed; pip install 'mgllava[train]'"
+                )
+
+
+def load_recipe(path: str | Path) -> RunSettings:
     """Read a recipe.
 
     Args:
@@ -224,16 +252,20 @@ def shipped_recipes() -> list[str]:
     )
 
 
-def recipe_from_dict(values: Any) -> Recipe:
-    """A recipe from plain values.
+def recipe_from_dict(values: Any) -> RunSettings:
+    """A recipe from plain values: a `PretrainingRecipe` for stage 0, else a `Recipe`.
 
     Raises:
         RecipeError: as `load_recipe`.
     """
+    if isinstance(values, Mapping) and values.get("stage") == 0:
+        from ..pretraining.recipe import PretrainingRecipe
+
+        return _build(PretrainingRecipe, values, "")
     return _build(Recipe, values, "")
 
 
-def check_same_run(old: Recipe, new: Recipe, folder: Path) -> None:
+def check_same_run(old: RunSettings, new: RunSettings, folder: Path) -> None:
     """Raise RecipeError if `new` cannot continue what `old` began in `folder`."""
     for key, value in new.to_dict().items():
         before = old.to_dict()[key]
@@ -244,7 +276,8 @@ def check_same_run(old: Recipe, new: Recipe, folder: Path) -> None:
             )
 
 
-def _check(key: str, value: Any, holds: bool, expected: str) -> None:
+def check_value(key: str, value: Any, holds: bool, expected: str) -> None:
+    """Raise RecipeError that names key and value unless the condition holds."""
     if not holds:
         raise RecipeError(f"{key} is {value}; expected {expected}")
 

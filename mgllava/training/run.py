@@ -3,28 +3,29 @@
 import dataclasses
 import importlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..chat import check_model_folder
-from ..modeling_mgllava import MGLlavaForConditionalGeneration
+from ..modeling_mgllava import MGLlavaForConditionalGeneration, MGLlavaModel
 from ..processing_mgllava import MGLlavaProcessor
+from .arguments import training_arguments
 from .assemble import assemble_model
 from .collate import Collator
 from .encode import Encoder
 from .errors import CheckpointError, DataError, RecipeError
+from .features import FeatureStore, fingerprint_towers
 from .files import UNWRITABLE, replace_file
 from .neck import NECK_FILE, load_neck, save_neck
-from .recipe import DataRecipe, Recipe, check_same_run, recipe_from_dict
+from .recipe import DataRecipe, Recipe, RunSettings, check_same_run, recipe_from_dict
 from .records import LlavaRecords, PythonRecords, RecordSource
 from .result import write_model
 from .samples import TrainingSamples
@@ -32,7 +33,7 @@ from .sampling import TrainingOrder
 from .stages import add_adapters, choose_learners, keep_learners_in_float32
 from .trainer import MGLlavaTrainer
 
-__all__ = ["build_trainer", "open_source", "train"]
+__all__ = ["build_trainer", "check_output", "check_trackers", "keep_recipe", "open_source", "train"]
 
 logger = logging.get_logger(__name__)
 
@@ -77,10 +78,17 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
         RecipeError, DataError, CheckpointError: as `train`.
     """
     output = Path(recipe.output)
-    _check_output(recipe, output)
-    _check_surroundings(recipe)
+    check_output(recipe, output)
+    if recipe.neck is not None and not Path(recipe.neck).exists():
+        raise RecipeError(f"neck is {recipe.neck}, which does not exist; stage 1 writes {NECK_FILE}")
+    check_trackers(recipe)
     sources = [open_source(source) for source in recipe.data]
-    arguments = _training_arguments(recipe)
+    arguments = training_arguments(
+        recipe,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        num_train_epochs=recipe.epochs,
+        include_num_input_tokens_seen="non_padding",
+    )
     with arguments.main_process_first(desc="putting the model together"):
         _assemble_if_missing(recipe)
     processor = MGLlavaProcessor.from_pretrained(recipe.model)
@@ -88,7 +96,7 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
     with arguments.main_process_first(desc="checking the records"):
         samples = TrainingSamples(
             sources,
-            Encoder(processor, text_limit),
+            Encoder(processor, text_limit, recipe.show),
             max_bad_share=recipe.max_bad_share,
             workers=recipe.workers,
             cache=output / RECORDS_FILE,
@@ -97,8 +105,7 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
     if arguments.process_index == 0:
         for line in samples.report.lines():
             logger.warning(line)
-        with replace_file(output / RECIPE_FILE) as scratch:
-            scratch.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+        keep_recipe(recipe, output)
     set_seed(recipe.seed)  # of adapters
     model = _load_model(recipe, bool(arguments.deepspeed_plugin))
     tokenizer = processor.tokenizer
@@ -116,6 +123,8 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
         saves_neck=recipe.stage == 1 or recipe.lora is not None,
     )
     _reduce_in_float32(trainer)
+    if recipe.features is not None:
+        _store_features(recipe.features, trainer, processor)
     return trainer
 
 
@@ -142,7 +151,8 @@ def open_source(source: DataRecipe) -> RecordSource:
     return PythonRecords(dataset, f"{source.dataset} {sorted(source.arguments.items())}")
 
 
-def _check_output(recipe: Recipe, output: Path) -> None:
+def check_output(recipe: RunSettings, output: Path) -> None:
+    """Raise RecipeError unless a run can begin or go on in `output`."""
     if output.exists() and not output.is_dir():
         raise RecipeError(f"output is {output}, which is a file; expected a folder")
     if (before := output / RECIPE_FILE).is_file():
@@ -153,10 +163,14 @@ def _check_output(recipe: Recipe, output: Path) -> None:
         )
 
 
-def _check_surroundings(recipe: Recipe) -> None:
-    """What the recipe names outside of itself must be there."""
-    if recipe.neck is not None and not Path(recipe.neck).exists():
-        raise RecipeError(f"neck is {recipe.neck}, which does not exist; stage 1 writes {NECK_FILE}")
+def keep_recipe(recipe: RunSettings, output: Path) -> None:
+    """Write down what the run in `output` is, for `check_output`."""
+    with replace_file(output / RECIPE_FILE) as scratch:
+        scratch.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+
+
+def check_trackers(recipe: RunSettings) -> None:
+    """Raise RecipeError if an experiment tracker cannot be used."""
     for tracker in recipe.report_to:
         try:
             for callback in get_reporting_integration_callbacks([tracker]):
@@ -165,46 +179,6 @@ def _check_surroundings(recipe: Recipe) -> None:
             raise RecipeError(
                 f"report_to is {recipe.report_to}; {tracker} cannot be used: {error}"
             ) from error
-
-
-def _training_arguments(recipe: Recipe) -> TrainingArguments:
-    names = {entry.name for entry in dataclasses.fields(TrainingArguments)}
-    # The older name is deprecated from transformers 5.23 on.
-    recompute = (
-        "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = recipe.accumulation(world_size)
-    if world_size == 1 and torch.cuda.device_count() > 1:
-        raise RecipeError(
-            f"one process was started on {torch.cuda.device_count()} GPUs; start one for each with "
-            "`accelerate launch -m mgllava train ...`, or choose a GPU with CUDA_VISIBLE_DEVICES=0"
-        )
-    return TrainingArguments(
-        output_dir=recipe.output,
-        per_device_train_batch_size=recipe.per_device_batch,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=recipe.learning_rate,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
-        lr_scheduler_type="cosine" if recipe.schedule == "cosine" else "constant_with_warmup",
-        warmup_steps=recipe.warmup_share,
-        bf16=recipe.precision == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        dataloader_num_workers=recipe.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="non_padding",
-        ddp_find_unused_parameters=False,
-        logging_steps=recipe.log_every,
-        save_steps=recipe.save_every,
-        report_to=recipe.report_to or "none",
-        **{recompute: recipe.gradient_checkpointing, f"{recompute}_kwargs": {"use_reentrant": False}},
-    )
 
 
 def _assemble_if_missing(recipe: Recipe) -> None:
@@ -228,6 +202,20 @@ def _load_model(recipe: Recipe, with_deepspeed: bool) -> torch.nn.Module:
     if not with_deepspeed:  # which keeps float32 copies of its own
         keep_learners_in_float32(model)
     return model
+
+
+def _store_features(folder: str, trainer: MGLlavaTrainer, processor: MGLlavaProcessor) -> None:
+    """Let the towers run once, in the first process; from then on all read what they made."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise RecipeError(f"features is {folder}; sharded models cannot run their towers ahead of training")
+    model = next(module for module in trainer.model.modules() if isinstance(module, MGLlavaModel))
+    towers = fingerprint_towers(model, processor.image_processor)
+    samples = trainer.train_dataset
+    with trainer.args.main_process_first(desc="features of pictures"):
+        store = FeatureStore(folder, towers)
+        if trainer.args.process_index == 0:
+            samples.store_features(store, model, progress=True)
+    samples.read_features(store)
 
 
 def _reduce_in_float32(trainer: MGLlavaTrainer) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..modeling_mgllava import MGLlavaModel
 from .encode import Encoder
 from .errors import BadRecord, DataError
+from .features import FeatureStore
 from .files import replace_file
 from .records import RecordSource, check_record
 
@@ -106,6 +109,7 @@ class TrainingSamples(Dataset):
         progress: bool = False,
     ) -> None:
         self._sources = list(sources)
+        self._workers = workers
         self._starts = np.cumsum([0, *(len(source) for source in self._sources)])
         self._encoder = encoder
         lengths, self.report = self._look(workers, cache, progress)
@@ -136,6 +140,26 @@ class TrainingSamples(Dataset):
             except BadRecord as error:
                 self._count_replaced(error)
         raise DataError("no record can be read")
+
+    def store_features(self, store: FeatureStore, model: MGLlavaModel, *, progress: bool) -> None:
+        """Encode all pictures that the store does not have.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        loader = DataLoader(
+            _Pictures(self, store),
+            batch_size=_RECORDS_PER_TASK,
+            num_workers=self._workers,
+            collate_fn=list,
+        )
+        pictures = (picture for task in loader for picture in task)
+        bar = tqdm(pictures, total=len(self), desc="features of pictures", disable=not progress)
+        store.fill(model, (picture for picture in bar if picture is not None))
+
+    def read_features(self, store: FeatureStore) -> None:
+        """From now on samples hold features in place of pictures."""
+        self._encoder.features = store
 
     def _count_replaced(self, error: BadRecord) -> None:
         with self._replaced.get_lock():
@@ -193,6 +217,34 @@ class TrainingSamples(Dataset):
             self._encoder.text_limit,
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+class _Pictures(Dataset):
+    """For each sample the key and the picture; None for text alone, and for what is stored or cannot be read."""
+
+    def __init__(self, samples: TrainingSamples, store: FeatureStore) -> None:
+        self._samples = samples
+        self._store = store
+        self._seen: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[str, dict[str, Tensor]] | None:
+        encoder = self._samples._encoder
+        try:
+            record = self._samples._record(int(self._samples._kept[index]))
+            if (
+                record.image is None
+                or (key := encoder.picture_key(record)) in self._store
+                or key in self._seen
+            ):
+                return None
+            picture = encoder.encode_picture(record)
+        except BadRecord:
+            return None  # it is replaced, and counted, when its turn comes
+        self._seen.add(key)
+        return key, picture
 
 
 class _Looks(Dataset):

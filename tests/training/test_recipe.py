@@ -73,7 +73,7 @@ def test_a_file_and_its_defaults(tmp_path):
     ("values", "message"),
     [
         (changed(learnin_rate=1e-3), "unknown key learnin_rate: 0.001; did you mean learning_rate?"),
-        (changed(xyz=1), "unknown key xyz: 1; expected one of model, data"),
+        (changed(xyz=1), "unknown key xyz: 1; expected one of output, global_batch"),
         ({k: v for k, v in GOOD.items() if k != "model"}, "missing key model; expected text"),
         (changed(learning_rate="fast"), "learning_rate is 'fast'; expected a number"),
         (changed(learning_rate=3), "learning_rate is 3.0; expected a number between 0 and 1"),

@@ -1,0 +1,204 @@
+"""The paper's ablation in small: what high-resolution and object features add, and which fusion adds most.
+
+    python -m benchmarks.ablation            # goes on where it stopped
+    python -m benchmarks.ablation --report   # table and plot of what is there
+
+Every arm starts from the same towers and the same language model (stage 0 of the embedded model), sees the same
+scenes and questions, and takes the same number of steps in stages 1 and 2. Arms differ in what they are shown or in
+how they fuse; seeds differ in the neck's first weights and in the order of the data.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks import rows as row_files
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = row_files.RESULTS / "ablation.json"
+PLOT = row_files.RESULTS / "ablation.png"
+TABLE = row_files.RESULTS / "ablation.md"
+RUNS = Path("runs/ablation")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting: what the model is shown, and how it fuses."""
+
+    name: str
+    show: str = "all"
+    variant: str = "gate_sum"
+    label: str = ""
+
+
+ARMS = (
+    Arm("low_res", "low_res", label="low resolution only"),
+    Arm("conv_gate", "no_objects", label="+ Conv-Gate fusion"),
+    Arm("gate_sum", label="+ objects: the whole model"),
+    Arm("gate_concat", variant="gate_concat", label="whole, [l ; g·h]"),
+    Arm("concat_projected", variant="concat_projected", label="whole, [l ; h]"),
+    Arm("concat_raw", variant="concat_raw", label="whole, [low ; high]"),
+)
+SEEDS = (1, 2, 3)
+TEST_SCENES = 2000
+
+
+def recipes(arm: Arm, seed: int, folder: Path = RUNS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stages 1 and 2 of an arm: the embedded model's recipes, shorter, with the arm's own settings."""
+    from mgllava.training import load_recipe
+
+    first, second = (load_recipe(f"embedded-stage-{stage}").to_dict() for stage in (1, 2))
+    output = folder / f"{arm.name}-{seed}"
+    shared = {
+        "model": str(output / "base"),
+        "features": str(folder / f"features-{arm.show}"),
+        "show": arm.show,
+        "seed": seed,
+        "save_every": 200,
+    }
+    first |= shared | {"output": str(output / "stage-1"), "max_steps": STEPS[0]}
+    first["parts"] |= {"fusion_variant": arm.variant}
+    second |= shared | {
+        "output": str(output / "stage-2"),
+        "neck": str(output / "stage-1" / "neck.safetensors"),
+        "max_steps": STEPS[1],
+    }
+    for stage in (first, second):
+        for source in stage["data"]:
+            source["arguments"]["num_scenes"] = SCENES
+    return first, second
+
+
+STEPS = (600, 1200)
+SCENES = 12000
+
+
+def measure(arm: Arm, seed: int) -> dict[str, Any]:
+    """Train an arm, or go on training it, and score it on test scenes."""
+    from mgllava.chat import load_model
+    from mgllava.scenes.evaluate import evaluate_answers
+    from mgllava.training import train
+    from mgllava.training.recipe import recipe_from_dict
+
+    first, second = recipes(arm, seed)
+    seconds = 0.0
+    for stage in (first, second):
+        result = train(recipe_from_dict(stage))
+        seconds += _seconds(Path(stage["output"]))
+    model, processor = load_model(str(result), "float32")
+    scores = evaluate_answers(model, processor, num_scenes=TEST_SCENES, show=arm.show, progress=True)
+    return {
+        "arm": arm.name,
+        "seed": seed,
+        "steps": list(STEPS),
+        "scenes": SCENES,
+        "minutes": seconds / 60,
+        "scores": {score.group: [score.right, score.questions] for score in scores},
+    }
+
+
+def _seconds(output: Path) -> float:
+    """How long a run trained, over all its starts, by its own clock."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    state = json.loads((Path(get_last_checkpoint(output)) / "trainer_state.json").read_text())
+    batch = json.loads((output / "recipe.json").read_text())["global_batch"]
+    logs = [log for log in state["log_history"] if "samples_per_second" in log]
+    steps = [
+        log["step"] - before for log, before in zip(logs, [0, *(log["step"] for log in logs)], strict=False)
+    ]
+    return sum(count * batch / log["samples_per_second"] for count, log in zip(steps, logs, strict=True))
+
+
+def accuracies(results: Sequence[dict[str, Any]], arm: str, group: str) -> list[float]:
+    """Shares of right answers of all seeds of an arm, in one group of questions."""
+    found = [
+        result["scores"][group] for result in results if result["arm"] == arm and group in result["scores"]
+    ]
+    return [right / questions for right, questions in found]
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    groups = list(dict.fromkeys(group for result in results for group in result["scores"]))
+    lines = [
+        "| arm | seeds | minutes | " + " | ".join(group.replace("_", " ") for group in groups) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(groups),
+    ]
+    for arm in ARMS:
+        runs = [result for result in results if result["arm"] == arm.name]
+        if not runs:
+            continue
+        minutes = statistics.mean(result["minutes"] for result in runs)
+        cells = [_spread(accuracies(results, arm.name, group)) for group in groups]
+        lines.append(f"| {arm.label} | {len(runs)} | {minutes:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and, of several seeds, the lowest and the highest, in per cent."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy of every arm over all questions, a dot for each seed."""
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in ARMS if any(result["arm"] == arm.name for result in results)]
+    figure = Figure(figsize=(7.5, 0.45 * len(arms) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    for place, arm in enumerate(arms):
+        values = [100 * value for value in accuracies(results, arm.name, "all")]
+        axes.barh(place, statistics.mean(values), height=0.6, color="#4c78a8" if place < 3 else "#b9c9de")
+        axes.plot(values, [place] * len(values), "o", color="black", markersize=4)
+    axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel("questions about test scenes answered exactly, %; dots are seeds")
+    axes.set_xlim(0, 100)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(
+    arm: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(one.name for one in ARMS)}; default all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=len(SEEDS), help="How many seeds.")] = len(SEEDS),
+    report: Annotated[bool, typer.Option("--report", help="Only table and plot of what is there.")] = False,
+) -> None:
+    """Train and score every arm, one seed of all arms after the other; what is finished is not done again."""
+    console = Console(stderr=True)
+    unknown = set(arm or ()) - {one.name for one in ARMS}
+    if unknown:
+        console.print(f"--arm must be one of {', '.join(one.name for one in ARMS)}; got {', '.join(unknown)}")
+        raise typer.Exit(1)
+    results = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    for seed in () if report else SEEDS[:seeds]:
+        for one in ARMS:
+            is_done = any((result["arm"], result["seed"]) == (one.name, seed) for result in results)
+            if is_done or (arm and one.name not in arm):
+                continue
+            console.print(f"{one.label}, seed {seed}")
+            results.append(measure(one, seed))
+            _write(RESULT, json.dumps(results, indent=1) + "\n")
+    if results:
+        _write(TABLE, table(results))
+        plot(results, PLOT)
+        console.print(f"wrote {TABLE} and {PLOT}", soft_wrap=True)
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,208 @@
+"""A language model from nothing, on scenes given as symbols in the place of image and object tokens."""
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ..modeling_mgllava import IGNORE_INDEX
+from ..objects.boxes import detections_to_boxes
+from ..scenes import (
+    CANVAS,
+    CAPTION_FAMILIES,
+    FAMILIES,
+    Scene,
+    Thing,
+    Turn,
+    ask,
+    caption,
+    detect,
+    sample_scene,
+    things_of_boxes,
+)
+from ..training.encode import Encoder
+from ..training.records import IMAGE_TOKEN, Record
+from .attributes import (
+    CELL_SIZE,
+    POSITION_BINS,
+    REGION_SIZE,
+    cell_labels,
+    classes_of,
+    one_hot_places,
+    position_of,
+)
+
+__all__ = ["LanguagePretraining", "SymbolCollator", "SymbolicScenes"]
+
+CAPTION_SHARE = 0.25
+NOISE = 0.1  # standard deviation added to every symbol, so that tokens of real towers need not be exact
+# What of a scene is there: symbols of the grid's cells, of the boxes, or both.
+VIEWS = ("cells", "boxes", "both", "both")
+
+
+class SymbolicScenes(Dataset):
+    """Scenes in the layout of the model's conversations, with symbols in the place of what a picture becomes.
+
+    Every cell of the grid is a set of words, those of the things that have their centre in it; every box is the
+    words of what it shows and its position. One scene in four shows its cells alone, one its boxes alone.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        num_scenes: how many.
+        encoder: of a processor with the final model's chat template and number of image tokens.
+        turns: questions to a scene; one scene in four has captions instead.
+        first: number of the first scene.
+        view: a name of `VIEWS` for all scenes; drawn for each by default.
+        families: of questions; None: questions and captions.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        num_scenes: int,
+        encoder: Encoder,
+        turns: int,
+        first: int = 0,
+        view: str | None = None,
+        families: list[str] | None = None,
+    ) -> None:
+        self.split = split
+        self.num_scenes = num_scenes
+        self.encoder = encoder
+        self.turns = turns
+        self.first = first
+        self.view = view
+        self.families = families
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = sample_scene(self.split, self.first + index)
+        detections = detect(scene)
+        things = things_of_boxes(scene, detections)
+        rng = Random(f"symbols {scene.id}")
+        view = self.view or rng.choice(VIEWS)
+        text = self.encoder.encode_text(self._record(scene, things, view, rng))
+        processor = self.encoder.processor
+        cells = cell_labels(scene, int(processor.num_image_tokens**0.5))
+        boxes, _ = detections_to_boxes(
+            **detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=CANVAS
+        )
+        regions = _region_symbols(things, boxes)
+        if view == "boxes":
+            cells = np.zeros_like(cells)
+        if view == "cells":
+            regions = np.zeros_like(regions)
+        tokens = [processor.image_token_id] * len(cells) + [processor.object_token_id] * len(regions)
+        position = text.image_position
+        return {
+            "input_ids": [*text.input_ids[:position], *tokens, *text.input_ids[position + 1 :]],
+            "labels": [
+                *text.labels[:position],
+                *[IGNORE_INDEX] * len(tokens),
+                *text.labels[position + 1 :],
+            ],
+            "cells": cells,
+            "regions": regions,
+        }
+
+    def _record(self, scene: Scene, things: list[Thing | None], view: str, rng: Random) -> Record:
+        turns: list[Turn]
+        if self.families is not None:
+            turns = ask(scene, self.turns, self.families)
+        elif rng.random() >= CAPTION_SHARE:
+            turns = ask(scene, self.turns, list(FAMILIES))
+        else:
+            # Which boxes there are cannot be told from cells.
+            families = ["places"] if view == "cells" else rng.sample(list(CAPTION_FAMILIES), 2)
+            turns = [caption(scene, things, family) for family in families]
+        pairs = [(turn.question, turn.answer) for turn in turns]
+        pairs[0] = (f"{IMAGE_TOKEN}\n{pairs[0][0]}", pairs[0][1])
+        return Record(scene.id, tuple(pairs), Path(scene.id))
+
+
+def _region_symbols(things: list[Thing | None], boxes: Tensor) -> np.ndarray:
+    symbols = np.zeros((len(things), REGION_SIZE), dtype=np.float32)
+    centres = ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()
+    for row, thing, (x, y) in zip(symbols, things, centres, strict=True):
+        row[one_hot_places(classes_of(thing))] = 1
+        row[CELL_SIZE : CELL_SIZE + POSITION_BINS] = position_of(x, CANVAS)
+        row[CELL_SIZE + POSITION_BINS :] = position_of(y, CANVAS)
+    return symbols
+
+
+class SymbolCollator:
+    """Pads conversations on the right; cells side by side, the regions of all scenes in one list."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [torch.tensor(sample["input_ids"]) for sample in samples]
+        labels = [torch.tensor(sample["labels"]) for sample in samples]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "cells": torch.from_numpy(np.concatenate([sample["cells"] for sample in samples])),
+            "regions": torch.from_numpy(np.concatenate([sample["regions"] for sample in samples])),
+        }
+
+
+class LanguagePretraining(nn.Module):
+    """A Llama that reads symbols through one linear layer each for cells and boxes.
+
+    Args:
+        config: of the language model; its vocabulary does not hold the placeholders.
+        image_token_id, object_token_id: the placeholders in `input_ids`.
+    """
+
+    def __init__(self, config: LlamaConfig, image_token_id: int, object_token_id: int) -> None:
+        super().__init__()
+        self.language_model = LlamaForCausalLM(config)
+        self.image_token_id = image_token_id
+        self.object_token_id = object_token_id
+        self.cell_symbols = nn.Linear(CELL_SIZE, config.hidden_size)
+        self.region_symbols = nn.Linear(REGION_SIZE, config.hidden_size)
+        for layer in (self.cell_symbols, self.region_symbols):
+            nn.init.normal_(layer.weight, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        cells: Tensor,
+        regions: Tensor,
+        num_items_in_batch: Any = None,
+    ) -> dict[str, Tensor]:
+        """Next-token loss.
+
+        Args:
+            input_ids, attention_mask, labels: (B, L).
+            cells: (image tokens of the batch, `CELL_SIZE`); regions: (object tokens, `REGION_SIZE`).
+
+        Returns:
+            `loss`, a scalar, and `logits` (B, L, vocabulary).
+        """
+        if self.training:
+            cells, regions = (values + NOISE * torch.randn_like(values) for values in (cells, regions))
+        masks = (input_ids == self.image_token_id), (input_ids == self.object_token_id)
+        embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(masks[0] | masks[1], 0))
+        for mask, tokens in zip(masks, (self.cell_symbols(cells), self.region_symbols(regions)), strict=True):
+            embeds = embeds.masked_scatter(mask[..., None], tokens.to(embeds.dtype))
+        output = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            labels=labels,
+            num_items_in_batch=num_items_in_batch,
+            use_cache=False,
+        )
+        return {"loss": output.loss, "logits": output.logits}
