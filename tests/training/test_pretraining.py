@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mgllava.chat import load_model
 from mgllava.pretraining import pretrain
 from mgllava.pretraining.attributes import (
     CELL_SIZE,
@@ -20,6 +21,7 @@ from mgllava.pretraining.attributes import (
 )
 from mgllava.pretraining.tokenizer import build_tokenizer
 from mgllava.scenes import CAPTION_FAMILIES, WORDS, ask, caption, detect, sample_scene, things_of_boxes
+from mgllava.scenes.evaluate import SHOWN, evaluate_answers
 from mgllava.training.assemble import assemble_model
 from mgllava.training.errors import RecipeError
 from mgllava.training.recipe import Parts, load_recipe, recipe_from_dict
@@ -163,6 +165,13 @@ def test_parts_make_a_model_that_stage_1_and_2_train(parts, tmp_path):
     trained = load_file(parts["towers"] / "high_res_tower" / "open_clip_model.safetensors")
     for name, value in trained.items():
         assert torch.equal(tensors[name.replace("visual.trunk.", "model.high_res_tower.")], value)
+
+    loaded, processor = load_model(str(model), "float32")
+    for show in SHOWN:
+        everything, *groups = evaluate_answers(loaded, processor, num_scenes=5, batch_size=2, show=show)
+        assert everything.questions == 5
+        assert 0 <= everything.right <= 5
+        assert len(groups) > 1
 
 
 @pytest.mark.parametrize("part", ["towers", "language_model"])

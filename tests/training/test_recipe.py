@@ -115,7 +115,7 @@ def test_wrong_recipes_name_key_value_and_what_was_expected(values, message):
 
 
 def test_wrong_files(tmp_path):
-    with pytest.raises(RecipeError, match="there is no recipe vicuna; shipped are llama-3-8b-lora"):
+    with pytest.raises(RecipeError, match="there is no recipe vicuna; shipped are embedded-language-model, "):
         load_recipe("vicuna")
     bad = tmp_path / "bad.yaml"
     for text, message in {
