@@ -20,7 +20,6 @@ from rich.console import Console
 
 from benchmarks import rows as row_files
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULT = row_files.RESULTS / "ablation.json"
 PLOT = row_files.RESULTS / "ablation.png"
 TABLE = row_files.RESULTS / "ablation.md"
@@ -84,13 +83,14 @@ def measure(arm: Arm, seed: int) -> dict[str, Any]:
     from mgllava.chat import load_model
     from mgllava.scenes.evaluate import evaluate_answers
     from mgllava.training import train
+    from mgllava.training.log import training_seconds
     from mgllava.training.recipe import recipe_from_dict
 
     first, second = recipes(arm, seed)
     seconds = 0.0
     for stage in (first, second):
         result = train(recipe_from_dict(stage))
-        seconds += _seconds(Path(stage["output"]))
+        seconds += training_seconds(stage["output"])
     model, processor = load_model(str(result), "float32")
     scores = evaluate_answers(model, processor, num_scenes=TEST_SCENES, show=arm.show, progress=True)
     return {
@@ -101,19 +101,6 @@ def measure(arm: Arm, seed: int) -> dict[str, Any]:
         "minutes": seconds / 60,
         "scores": {score.group: [score.right, score.questions] for score in scores},
     }
-
-
-def _seconds(output: Path) -> float:
-    """How long a run trained, over all its starts, by its own clock."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    state = json.loads((Path(get_last_checkpoint(output)) / "trainer_state.json").read_text())
-    batch = json.loads((output / "recipe.json").read_text())["global_batch"]
-    logs = [log for log in state["log_history"] if "samples_per_second" in log]
-    steps = [
-        log["step"] - before for log, before in zip(logs, [0, *(log["step"] for log in logs)], strict=False)
-    ]
-    return sum(count * batch / log["samples_per_second"] for count, log in zip(steps, logs, strict=True))
 
 
 def accuracies(results: Sequence[dict[str, Any]], arm: str, group: str) -> list[float]:
