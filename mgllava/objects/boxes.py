@@ -5,14 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["detections_to_boxes", "load_detections"]
+__all__ = ["Selection", "detections_to_boxes", "load_detections", "select_detections"]
 
 BOX_FORM = "[x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, in pixels of the picture"
+
+
+class Selection(NamedTuple):
+    """Which detections of a picture the model gets, and why it does not get the others.
+
+    Attributes:
+        boxes: (K, 4) float32 in pixels of the canvas, in the order of object tokens; K may be 0.
+        labels: of these boxes.
+        kept: for each of them the index of its detection.
+        dropped: for the index of each other detection the reason: `"overlap"` with a better box of its label,
+            the `"limit"` per label, or `"outside"` of the canvas.
+    """
+
+    boxes: Tensor
+    labels: list[str]
+    kept: list[int]
+    dropped: dict[int, str]
 
 
 def detections_to_boxes(
@@ -58,6 +75,35 @@ def detections_to_boxes(
         ValueError: boxes, labels or scores of the wrong form; names the entry and what was expected.
         RuntimeError: torchvision, which does the suppression, cannot be imported.
     """
+    selection = select_detections(
+        boxes,
+        labels,
+        scores,
+        image_size=image_size,
+        high_res_size=high_res_size,
+        iou_threshold=iou_threshold,
+        max_objects=max_objects,
+        max_per_category=max_per_category,
+        best_per_label=best_per_label,
+    )
+    if not selection.kept:
+        return torch.zeros(1, 4), []
+    return selection.boxes, selection.labels
+
+
+def select_detections(
+    boxes: Any,
+    labels: Sequence[str] | None = None,
+    scores: Any = None,
+    *,
+    image_size: tuple[int, int],
+    high_res_size: int = 768,
+    iou_threshold: float = 0.2,
+    max_objects: int = 100,
+    max_per_category: int = 20,
+    best_per_label: bool = False,
+) -> Selection:
+    """What `detections_to_boxes` does, with the same arguments and errors, and what became of each detection."""
     height, width = image_size
     if height < 1 or width < 1:
         raise ValueError(f"image_size must be a positive (height, width), got {tuple(image_size)}")
@@ -67,19 +113,21 @@ def detections_to_boxes(
     left, top = (side - width) // 2, (side - height) // 2
     boxes = (boxes + torch.tensor([left, top, left, top])).float()
 
+    kept = list(range(len(boxes)))
+    dropped: dict[int, str] = {}
     if scores is not None and len(boxes):
         kept = _suppress(boxes, labels, scores, iou_threshold)
+        dropped |= dict.fromkeys(set(range(len(boxes))).difference(kept), "overlap")
         if best_per_label or len(kept) > max_objects:
-            kept = _best_of_each_label(kept, labels, 1 if best_per_label else max_per_category)
-        boxes, labels = boxes[kept], [labels[index] for index in kept]
+            best = _best_of_each_label(kept, labels, 1 if best_per_label else max_per_category)
+            dropped |= dict.fromkeys(set(kept).difference(best), "limit")
+            kept = best
 
-    boxes = torch.round(boxes * (high_res_size / side))
+    boxes = torch.round(boxes[kept] * (high_res_size / side))
     inside = (boxes[:, 2:] >= 0).all(dim=1) & (boxes[:, :2] <= high_res_size).all(dim=1)
-    boxes = boxes[inside].clamp(0, high_res_size)
-    labels = [label for label, keep in zip(labels, inside.tolist(), strict=True) if keep]
-    if not len(boxes):
-        return torch.zeros(1, 4), []
-    return boxes, labels
+    dropped |= {index: "outside" for index, keep in zip(kept, inside.tolist(), strict=True) if not keep}
+    kept = [index for index in kept if index not in dropped]
+    return Selection(boxes[inside].clamp(0, high_res_size), [labels[index] for index in kept], kept, dropped)
 
 
 def check_detections(

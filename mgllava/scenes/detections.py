@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from ..objects.boxes import detections_to_boxes
+from ..objects.boxes import select_detections
 from .objects import CANVAS, KINDS
 from .scene import Box, Scene, Thing
 
@@ -75,27 +75,16 @@ def things_of_boxes(
         detections: of that scene.
         high_res_size: side of the model's canvas.
         selection: `iou_threshold`, `max_objects`, `max_per_category` where the model's differ from the defaults of
-            `detections_to_boxes`.
+            `select_detections`.
 
     Returns:
         One entry for each box: its thing, or `None` for texture and for the one empty box that stands for no
         detection.
     """
-    size = (CANVAS, CANVAS)
-    kept, labels = detections_to_boxes(
-        **detections.as_dict(), image_size=size, high_res_size=high_res_size, **selection
+    selected = select_detections(
+        **detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=high_res_size, **selection
     )
-    if not labels:
-        return [None]
-    # Selection neither moves a box nor returns its number; boxes lie inside the picture, so none is dropped here.
-    placed, _ = detections_to_boxes(
-        detections.boxes, detections.labels, image_size=size, high_res_size=high_res_size
-    )
-    source_of = {
-        (label, *box): source
-        for box, label, source in zip(placed.tolist(), detections.labels, detections.sources, strict=True)
-    }
-    sources = [source_of[(label, *box)] for box, label in zip(kept.tolist(), labels, strict=True)]
+    sources = [detections.sources[index] for index in selected.kept] or [None]
     return [None if source is None else scene.things[source] for source in sources]
 
 

@@ -1,8 +1,9 @@
 """A sheet of scenes with the boxes the model gets, numbered in the order of its object tokens."""
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..objects.boxes import detections_to_boxes
+from ..objects.draw import Mark, draw_marks
 from .detections import detect, things_of_boxes
 from .objects import CANVAS
 from .render import render
@@ -37,12 +38,10 @@ def draw_boxes(scene: Scene, scale: int = 2) -> Image.Image:
     """The scene's picture, enlarged, with its boxes."""
     detections = detect(scene)
     boxes, _ = detections_to_boxes(**detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=CANVAS)
-    picture = render(scene).resize((CANVAS * scale, CANVAS * scale), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
     things = things_of_boxes(scene, detections)
-    for number, (box, thing) in enumerate(zip(boxes.tolist(), things, strict=True), start=1):
-        x1, y1, x2, y2 = (edge * scale for edge in box)
-        colour = ON_TEXTURE if thing is None else ON_THING
-        draw.rectangle((x1 - 1, y1 - 1, x2, y2), outline=colour)
-        draw.text((x1, y1 - 12 if y1 >= 12 else y2), str(number), fill=colour)
-    return picture
+    marks = [
+        Mark([edge * scale for edge in box], str(number), ON_TEXTURE if thing is None else ON_THING)
+        for number, (box, thing) in enumerate(zip(boxes.tolist(), things, strict=True), start=1)
+    ]
+    picture = render(scene).resize((CANVAS * scale, CANVAS * scale), Image.Resampling.NEAREST)
+    return draw_marks(picture, marks)
