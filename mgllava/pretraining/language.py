@@ -56,7 +56,7 @@ class SymbolicScenes(Dataset):
         split: `train`, `validation` or `test`.
         num_scenes: how many.
         encoder: of a processor with the final model's chat template and number of image tokens.
-        turns: questions to a scene; one scene in four has captions instead.
+        turns: questions to a scene; one scene in four has a caption instead.
         first: number of the first scene.
         view: a name of `VIEWS` for all scenes; drawn for each by default.
         families: of questions; None: questions and captions.
@@ -121,8 +121,8 @@ class SymbolicScenes(Dataset):
             turns = ask(scene, self.turns, list(FAMILIES))
         else:
             # Which boxes there are cannot be told from cells.
-            families = ["places"] if view == "cells" else rng.sample(list(CAPTION_FAMILIES), 2)
-            turns = [caption(scene, things, family) for family in families]
+            family = "places" if view == "cells" else rng.choice(list(CAPTION_FAMILIES))
+            turns = [caption(scene, things, family)]
         pairs = [(turn.question, turn.answer) for turn in turns]
         pairs[0] = (f"{IMAGE_TOKEN}\n{pairs[0][0]}", pairs[0][1])
         return Record(scene.id, tuple(pairs), Path(scene.id))
