@@ -1,0 +1,338 @@
+"""Annotation in one process: what is written, resumed, refused."""
+
+import errno
+import json
+import os
+
+import pytest
+from annotate_cases import (
+    SETTINGS,
+    Numbers,
+    assert_complete,
+    lines_of,
+    looked_at,
+    run,
+    write_picture,
+    write_pictures,
+)
+from PIL import Image
+
+from mgllava.objects import annotate as module
+from mgllava.objects.annotate import annotate
+from mgllava.objects.annotation_files import PartFile, parts_folder
+from mgllava.objects.boxes import load_detections
+from mgllava.objects.detector import Detections
+from mgllava.objects.pictures import Picture, find_pictures
+from mgllava.objects.tags import FixedTags
+from mgllava.training import Record
+from mgllava.training.records import LlavaRecords
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_pictures(tmp_path / "pictures", 10)
+    return tmp_path
+
+
+def test_every_picture_has_its_entry_in_order(folder):
+    done = run(folder)
+    assert_complete(folder, 10)
+    assert (done.output, done.num_pictures, done.num_failed) == (folder / "boxes.json", 10, 0)
+    assert done.num_boxes == sum(number % 3 for number in range(10))
+    assert not done.errors.exists()
+
+
+def test_workers_change_nothing(folder):
+    run(folder, num_workers=2, batch_size=3)
+    assert_complete(folder, 10)
+
+
+def test_the_box_file_is_read_by_chat_and_by_training(folder):
+    run(folder)
+    assert load_detections(folder / "boxes.json", image="elsewhere/0001.jpg") == {
+        "boxes": [[0.0, 0.0, 3.0, 1.29]],
+        "labels": ["number 1"],
+        "scores": [0.875],
+    }
+    records = [{"id": "0001", "image": "0001.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
+               {"from": "gpt", "value": "That."}]}]  # fmt: skip
+    (folder / "records.json").write_text(json.dumps(records))
+    record = LlavaRecords(folder / "records.json", folder / "pictures", folder / "boxes.json")[0]
+    assert isinstance(record, Record)
+    assert record.detections["labels"] == ["number 1"]
+
+
+def test_a_second_call_looks_at_new_pictures_only(folder):
+    run(folder)
+    write_picture(folder / "pictures" / "0010.png", 10, (8, 9))
+    run(folder)
+    assert_complete(folder, 11)
+    assert looked_at(folder) == list(range(11))
+
+
+def test_no_detector_is_made_where_nothing_is_left(folder):
+    run(folder)
+    before = (folder / "boxes.json").read_bytes()
+    (folder / "boxes.json").unlink()
+
+    def load():
+        raise AssertionError
+
+    pictures = find_pictures([folder / "pictures"])
+    assert annotate(pictures, load, folder / "boxes.json", settings=SETTINGS).num_pictures == 10
+    assert (folder / "boxes.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_line_cut_in_half_is_dropped(folder, cut):
+    run(folder)
+    (folder / "boxes.json").unlink()
+    part = parts_folder(folder / "boxes.json") / "process-0.jsonl"
+    part.write_bytes(part.read_bytes()[:-cut])
+    run(folder)
+    assert_complete(folder, 10)
+    # Without its end alone the line is whole.
+    assert looked_at(folder) == [*range(10), *([9] if cut > 1 else [])]
+
+
+def test_damaged_lines_in_the_middle_are_done_again(folder):
+    run(folder)
+    part = parts_folder(folder / "boxes.json") / "process-0.jsonl"
+    lines = part.read_bytes().splitlines(keepends=True)
+    lines[3], lines[5] = b"\0" * 40 + b"\n", b"\xff\xfe\n"
+    part.write_bytes(b"".join(lines))
+    run(folder)
+    assert_complete(folder, 10)
+    assert sorted(looked_at(folder)) == sorted([*range(10), 3, 5])
+
+
+@pytest.mark.parametrize("key", sorted(SETTINGS))
+def test_other_settings_are_refused(folder, key):
+    run(folder)
+    with pytest.raises(ValueError, match=rf"begun with {key} = {SETTINGS[key]!r}, now it is 'other'"):
+        run(folder, settings=SETTINGS | {key: "other"})
+    assert_complete(folder, 10)
+
+
+def test_settings_count_once_there_are_detections(folder):
+    """Whoever corrects a setting after a run that failed at once is not asked to remove anything."""
+
+    class Broken(Numbers):
+        def __call__(self, pictures, tags=None):
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        run(folder, detector=Broken(), settings=SETTINGS | {"threshold": 0.9})
+    run(folder)
+    with pytest.raises(ValueError, match="begun with threshold = 0.2, now it is 0.9"):
+        run(folder, settings=SETTINGS | {"threshold": 0.9})
+
+
+def test_lost_settings_are_an_error(folder):
+    run(folder)
+    (parts_folder(folder / "boxes.json") / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read.*remove"):
+        run(folder)
+
+
+def test_a_box_file_of_others_is_not_overwritten(folder):
+    (folder / "boxes.json").write_text("[]")
+    with pytest.raises(ValueError, match="exists, but not .*boxes.json.parts"):
+        run(folder)
+    assert (folder / "boxes.json").read_text() == "[]"
+    assert looked_at(folder) == []
+
+
+def test_pictures_that_cannot_be_read_are_listed_with_the_reason(folder):
+    pictures = folder / "pictures"
+    (pictures / "0003.jpg").write_text("this is a text")
+    (pictures / "0003.png").unlink()
+    (pictures / "0005.png").write_bytes((pictures / "0005.png").read_bytes()[:40])
+    (pictures / "0007.png").write_bytes(b"")
+    done = run(folder)
+    assert (done.num_pictures, done.num_failed) == (7, 3)
+    ids = [entry["id"] for entry in json.loads((folder / "boxes.json").read_text())]
+    assert ids == ["0000", "0001", "0002", "0004", "0006", "0008", "0009"]
+    errors = json.loads((folder / "boxes.errors.json").read_text())
+    assert [error["id"] for error in errors] == ["0003", "0005", "0007"]
+    assert errors[0]["picture"] == str(pictures / "0003.jpg")
+    assert "cannot identify image file" in errors[0]["error"]
+    assert all(error["error"] for error in errors)
+    assert sum("error" in line and "boxes" not in line for line in lines_of(folder)) == 3
+
+
+def test_a_picture_that_was_mended_is_taken_and_no_longer_listed(folder):
+    picture = folder / "pictures" / "0003.png"
+    picture.write_text("this is a text")
+    assert run(folder).num_failed == 1
+    write_picture(picture, 3, (11, 8))
+    done = run(folder)
+    assert (done.num_pictures, done.num_failed) == (10, 0)
+    assert not (folder / "boxes.errors.json").exists()
+    assert looked_at(folder) == [0, 1, 2, 4, 5, 6, 7, 8, 9, 3]
+
+
+def test_no_readable_picture_at_all_is_an_error(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "notes.jpg").write_text("this is a text")
+    with pytest.raises(
+        ValueError, match=r"none of the pictures \(1\) could be used, .*notes.jpg.*cannot identify"
+    ):
+        run(tmp_path)
+    assert not (tmp_path / "boxes.json").exists()
+    assert len(json.loads((tmp_path / "boxes.errors.json").read_text())) == 1
+
+
+def test_pictures_reach_the_detector_upright_and_in_rgb(tmp_path):
+    seen = []
+
+    class Watching(Numbers):
+        def __call__(self, pictures, tags=None):
+            seen.extend((picture.mode, picture.size) for picture in pictures)
+            return [Detections((), (), ()) for _ in pictures]
+
+    (tmp_path / "pictures").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (20, 10)).save(tmp_path / "pictures" / "turned.jpg", exif=exif)
+    Image.new("RGBA", (1, 1)).save(tmp_path / "pictures" / "dot.png")
+    run(tmp_path, detector=Watching(), num_workers=1)
+    assert seen == [("RGB", (1, 1)), ("RGB", (10, 20))]
+    assert json.loads((tmp_path / "boxes.json").read_text())[0] == {
+        "id": "dot",
+        "boxes": [],
+        "scores": [],
+        "labels": [],
+    }
+
+
+def test_one_picture_the_detector_refuses_does_not_take_its_batch_along(folder):
+    done = run(folder, detector=Numbers(folder / "log", refuses=(5,)), batch_size=10)
+    assert (done.num_pictures, done.num_failed) == (9, 1)
+    (error,) = json.loads((folder / "boxes.errors.json").read_text())
+    assert (error["id"], error["error"]) == ("0005", "numbers refuses it: number 5 is too much")
+
+
+def test_detections_of_a_wrong_form_do_not_reach_the_file(folder):
+    class Odd(Numbers):
+        def __call__(self, pictures, tags=None):
+            return [Detections(((5.0, 0.0, 1.0, 1.0),), ("x",), (float("nan"),)) for _ in pictures]
+
+    with pytest.raises(
+        ValueError, match=r"none of the pictures \(10\).*boxes\[0\] is \[5.0, 0.0, 1.0, 1.0\]"
+    ):
+        run(folder, detector=Odd())
+
+
+def test_a_detector_that_refuses_everything_stops_the_run(folder, monkeypatch):
+    monkeypatch.setattr(module, "MOST_REFUSED_AT_FIRST", 6)
+    with pytest.raises(ValueError, match=r"numbers refuses every picture so far \(6\): number 5 is too much"):
+        run(folder, detector=Numbers(refuses=range(10)), batch_size=1)
+
+
+def test_tags_reach_an_open_vocabulary_detector(folder):
+    asked = []
+
+    class Open(Numbers):
+        needs_tags = True
+
+        def __call__(self, pictures, tags=None):
+            asked.extend(tags)
+            return [Detections((), (), ()) for _ in pictures]
+
+    with pytest.raises(ValueError, match="numbers looks for the names it is given"):
+        run(folder, detector=Open())
+    run(folder, detector=Open(), tagger=FixedTags(["cat", "dog"]))
+    assert asked == [["cat", "dog"]] * 10
+
+
+def test_a_detector_with_names_of_its_own_gets_none(folder):
+    run(folder, tagger=FixedTags(["cat"]))
+    assert_complete(folder, 10)
+
+
+def test_one_picture_of_two_records_is_looked_at_once(folder):
+    path = str(folder / "pictures" / "0004.png")
+    detector = Numbers(folder / "log")
+    annotate(
+        [Picture(7, path), Picture("8", path)], lambda: (detector, None), folder / "boxes.json", settings={}
+    )
+    entries = json.loads((folder / "boxes.json").read_text())
+    assert [entry["id"] for entry in entries] == [7, "8"]
+    assert entries[0]["labels"] == entries[1]["labels"] == ["number 4"]
+    assert looked_at(folder) == [4]
+
+
+def test_a_drawing_of_every_picture(folder):
+    nested = write_picture(folder / "pictures" / "more" / "0001.png", 301, (40, 30))
+    run(folder, draw=folder / "drawn")
+    assert len(list((folder / "drawn").iterdir())) == 11
+    with Image.open(folder / "drawn" / "more%2F0001.png.jpg") as drawing, Image.open(nested) as picture:
+        assert drawing.size == picture.size
+
+
+class FullDisk:
+    """A file on a disk that has room for `room` more bytes."""
+
+    def __init__(self, file, room):
+        self._file, self._room = file, room
+
+    def write(self, content):
+        if not self._room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._file.write(content[: self._room])
+        self._room -= written
+        return written
+
+    def close(self):
+        self._file.close()
+
+
+@pytest.mark.parametrize("room", [0, 1, 300, 700])
+def test_a_full_disk_loses_nothing(folder, monkeypatch, room):
+    opened = PartFile.__enter__
+
+    def on_full_disk(self):
+        opened(self)
+        self._file = FullDisk(self._file, room)
+        return self
+
+    with monkeypatch.context() as full:
+        full.setattr(PartFile, "__enter__", on_full_disk)
+        with pytest.raises(
+            OSError, match="No space left on device; nothing found before is lost.*process-0.jsonl"
+        ):
+            run(folder, batch_size=2)
+    kept = [line["picture"] for line in lines_of(folder)]
+    assert not (folder / "boxes.json").exists()
+    before = len(looked_at(folder))
+    run(folder)
+    assert_complete(folder, 10)
+    assert len(looked_at(folder)) - before == 10 - len(kept)
+
+
+def test_a_disk_that_fills_while_merging_leaves_the_former_box_file(folder, monkeypatch):
+    run(folder)
+    write_picture(folder / "pictures" / "0010.png", 10, (8, 9))
+    before = (folder / "boxes.json").read_bytes()
+
+    synced = []
+
+    def no_room(*arguments):
+        synced.append(arguments)
+        if len(synced) > 1:  # after the settings
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr("mgllava.files.os.fsync", no_room)
+        with pytest.raises(OSError, match="No space left on device.*boxes.json'"):
+            run(folder)
+    assert (folder / "boxes.json").read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    run(folder)
+    assert_complete(folder, 11)
+
+
+def test_batches_need_a_picture(folder):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        run(folder, batch_size=0)

@@ -1,0 +1,127 @@
+"""Which pictures there are, and their ids."""
+
+import json
+
+import pytest
+from annotate_cases import write_picture
+
+from mgllava.objects.pictures import Picture, find_pictures
+
+
+def _ids(pictures):
+    return [picture.id for picture in pictures]
+
+
+def _records(folder, records, name="records.json"):
+    path = folder / name
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_a_folder_is_searched_in_order_and_below(tmp_path):
+    for name in ("b.png", "a.JPG", "sub/c.png", ".hidden.png", ".cache/d.png"):
+        write_picture(tmp_path / name, 0)
+    (tmp_path / "notes.txt").write_text("no picture")
+    found = find_pictures([tmp_path])
+    assert found == [
+        Picture("a", str(tmp_path / "a.JPG")),
+        Picture("b", str(tmp_path / "b.png")),
+        Picture("c", str(tmp_path / "sub" / "c.png")),
+    ]
+
+
+def test_files_keep_their_order_and_count_once(tmp_path, monkeypatch):
+    b, a = write_picture(tmp_path / "b.png", 0), write_picture(tmp_path / "a.png", 0)
+    monkeypatch.chdir(tmp_path)
+    assert _ids(find_pictures([b, a, "b.png", tmp_path])) == ["b", "a"]
+
+
+def test_equal_stems_are_told_apart_by_their_paths(tmp_path):
+    for name in ("train/1.jpg", "test/1.jpg", "test/1.png", "test/2.jpg"):
+        write_picture(tmp_path / name, 0)
+    found = find_pictures([tmp_path / "train", tmp_path / "test"])
+    assert _ids(found) == ["train/1.jpg", "test/1.jpg", "test/1.png", "2"]
+
+
+def test_a_stem_that_is_another_pictures_path(tmp_path):
+    for name in ("1.jpg", "1.png", "1.jpg.png"):
+        write_picture(tmp_path / name, 0)
+    ids = _ids(find_pictures([tmp_path]))
+    assert len(set(ids)) == 3
+    assert "1.png" in ids
+
+
+def test_links_to_folders_are_followed_and_never_in_a_circle(tmp_path):
+    write_picture(tmp_path / "real" / "a.png", 0)
+    folder = tmp_path / "folder"
+    write_picture(folder / "b.png", 0)
+    (folder / "link").symlink_to(tmp_path / "real")
+    (folder / "circle").symlink_to(folder)
+    assert _ids(find_pictures([folder])) == ["b", "a"]
+
+
+def test_an_unknown_suffix_is_taken_where_it_is_named(tmp_path):
+    write_picture(tmp_path / "a.png", 0).rename(tmp_path / "a")
+    assert _ids(find_pictures([tmp_path / "a"])) == ["a"]
+
+
+def test_ids_of_records_keep_their_type(tmp_path):
+    records = [
+        {"id": 7, "image": "a.png"},
+        {"id": "x", "image": ["sub/a.png"]},
+        {"id": "text"},
+        {"id": "two", "image": ["a.png", "b.png"]},
+        {"id": 7, "image": "a.png", "conversations": "another talk about it"},
+    ]
+    expected = [Picture(7, str(tmp_path / "a.png")), Picture("x", str(tmp_path / "sub" / "a.png"))]
+    assert find_pictures([_records(tmp_path, records)], tmp_path) == expected
+    lines = tmp_path / "records.jsonl"
+    lines.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    assert find_pictures([lines], tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"image": "a.png"}], "record 0 has the id None, expected text or a number"),
+        ([{"id": True, "image": "a.png"}], "record 0 has the id True"),
+        ([{"id": 1}, 5], "record 1 is a int, expected an object"),
+        ({"id": 1}, "expected a list of records, got a dict"),
+        ([{"id": 1, "image": 5}], "record 0 has the image 5, expected a path"),
+        (
+            [{"id": 1, "image": "a.png"}, {"id": "1", "image": "b.png"}],
+            "the id 1 stands for .*a.png and for .*b.png",
+        ),
+        ([{"id": 1}], 'no picture in .*records with an "image"'),
+    ],
+)
+def test_records_of_another_form(tmp_path, records, message):
+    with pytest.raises(ValueError, match=message):
+        find_pictures([_records(tmp_path, records)], tmp_path)
+
+
+def test_records_that_are_no_json(tmp_path):
+    (tmp_path / "records.json").write_text("{")
+    with pytest.raises(ValueError, match=r"records.json is not a JSON file"):
+        find_pictures([tmp_path / "records.json"], tmp_path)
+
+
+def test_records_need_the_folder_of_their_pictures(tmp_path):
+    records = _records(tmp_path, [{"id": 1, "image": "a.png"}])
+    with pytest.raises(ValueError, match=r"record 0 has the picture 'a.png'; give the folder of pictures"):
+        find_pictures([records])
+    with pytest.raises(ValueError, match="there is no folder .*nowhere"):
+        find_pictures([records], tmp_path / "nowhere")
+    write_picture(tmp_path / "b.png", 0)
+    with pytest.raises(ValueError, match=r"but no records \(.json, .jsonl\) are given"):
+        find_pictures([tmp_path / "b.png"], tmp_path)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no picture in .*; looked for .jpg .jpeg .png"):
+        find_pictures([tmp_path])
+
+
+def test_a_source_that_does_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder .*nowhere"):
+        find_pictures([tmp_path / "nowhere"])

@@ -1,0 +1,77 @@
+"""Annotation in several processes: killed, resumed, resumed with another number of them."""
+
+import random
+import time
+
+import pytest
+from annotate_cases import assert_complete, lines_of, looked_at, start, stop, write_pictures
+
+COUNT = 200
+BATCH = 4
+
+
+def _finish(processes, seconds=60):
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    stop(processes)
+    assert codes == [0] * len(processes)
+
+
+def _wait_for_lines(folder, count, processes):
+    end = time.monotonic() + 60
+    while len(lines_of(folder)) < count and any(process.is_alive() for process in processes):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_processes_killed_at_random_annotate_every_picture_once(tmp_path, seed):
+    write_pictures(tmp_path / "pictures", COUNT)
+    rng = random.Random(seed)
+    kills = 5
+    for _ in range(kills):
+        processes = start(tmp_path, 2)
+        _wait_for_lines(tmp_path, len(lines_of(tmp_path)) + rng.randrange(1, 30), processes)
+        time.sleep(rng.uniform(0, 0.02))
+        victims = [
+            process for process in rng.choice([processes, processes[:1], processes[1:]]) if process.is_alive()
+        ]
+        assert victims
+        for victim in victims:
+            victim.kill()
+        time.sleep(rng.uniform(0, 0.05))  # the other works on until it, too, is killed
+        stop(processes)
+        assert not (tmp_path / "boxes.json").exists()
+    assert 0 < len(lines_of(tmp_path)) < COUNT
+    _finish(start(tmp_path, 2, seconds=0))
+    assert_complete(tmp_path, COUNT)
+    # Beyond what was under way in a process when it died, nothing is done twice.
+    assert set(looked_at(tmp_path)) == set(range(COUNT))
+    assert len(looked_at(tmp_path)) <= COUNT + 2 * kills * BATCH
+
+
+@pytest.mark.parametrize("later", [1, 3])
+def test_another_number_of_processes_goes_on(tmp_path, later):
+    write_pictures(tmp_path / "pictures", 60)
+    processes = start(tmp_path, 2)
+    _wait_for_lines(tmp_path, 20, processes)
+    stop(processes)
+    assert 0 < len(lines_of(tmp_path)) < 60
+    _finish(start(tmp_path, later, seconds=0))
+    assert_complete(tmp_path, 60)
+    assert len(looked_at(tmp_path)) <= 60 + 2 * BATCH
+
+
+def test_the_death_of_one_process_ends_the_others_with_an_error(tmp_path):
+    write_pictures(tmp_path / "pictures", 40)
+    processes = start(tmp_path, 2, seconds=0.05)
+    _wait_for_lines(tmp_path, 4, processes)
+    processes[1].kill()
+    processes[0].join(30)
+    code = processes[0].exitcode
+    stop(processes)
+    assert code == 1
+    assert not (tmp_path / "boxes.json").exists()
+    _finish(start(tmp_path, 2, seconds=0))
+    assert_complete(tmp_path, 40)
