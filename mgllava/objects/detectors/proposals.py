@@ -1,0 +1,193 @@
+"""Class-agnostic proposals without weights: regions whose colour stands out from the rest of the picture.
+
+Every pixel has a distance from the picture's prevailing colour. Cut at rising levels, the distances fall apart into
+connected regions; those that differ from what surrounds them become boxes. This suits things on a plain or
+textured ground. A photograph full of things has no prevailing colour: there a detector with weights finds more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..detector import Detections
+from .output import to_detections
+
+__all__ = ["ProposalDetector"]
+
+LABEL = "object"
+DEFAULT_THRESHOLD = 0.6
+# The model takes 100 boxes of a picture; of more than that it keeps 20 of each label, and here there is one.
+MAX_PROPOSALS = 100
+WORKING_SIDE = 512  # larger pictures are shrunk to it
+SMALLEST_AREA, LARGEST_SHARE = 16, 0.25  # of a region: pixels, and share of the picture
+
+# Distances are those of CIE Lab, where about 2 can just be told apart. Levels start above the ground's own texture.
+LEVEL_STEP = 12.0
+LEVELS_START = 3.0  # times the median distance
+# A score is contrast / (contrast + 2 median distances + 10): half the way up at twice the ground's texture.
+TEXTURE_WEIGHT, CONTRAST_SCALE = 2.0, 10.0
+SURROUNDING_SHARE = 0.15  # width of a region's surroundings, as a share of its longer side
+SAME_REGION_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Connected regions of N pixels each at one level of the distances.
+
+    Attributes:
+        boxes: (R, 4) int, x1, y1, x2, y2 in pixels.
+        colours: (R, 3) mean Lab colours.
+        pixels: (R,) index of one pixel of each in the flattened picture.
+        numbers: (R,) of each in its level's map.
+        levels: (R,) index of its level.
+        maps: for each level the number of the region that each pixel belongs to, flattened.
+    """
+
+    boxes: np.ndarray
+    colours: np.ndarray
+    pixels: np.ndarray
+    numbers: np.ndarray
+    levels: np.ndarray
+    maps: list[np.ndarray]
+
+
+class ProposalDetector:
+    """Finds regions that stand out; every label is "object".
+
+    Scores rank by contrast with the surroundings. At most 100 boxes are given, so that the limit on a picture's
+    boxes takes the weakest: the limit of 20 of a label, which would apply beyond, never does.
+
+    Args:
+        threshold: proposals scored at or below it are left out; 0.6 by default.
+
+    Raises:
+        ImportError: OpenCV is not installed.
+    """
+
+    name = "proposals"
+    needs_tags = False
+
+    def __init__(self, threshold: float | None = None) -> None:
+        _import_cv2()
+        self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+
+    def __call__(
+        self, pictures: Sequence[Image.Image], tags: Sequence[Sequence[str]] | None = None
+    ) -> list[Detections]:
+        """See `mgllava.objects.detector.Detector`; tags make no difference."""
+        return [self._propose(picture) for picture in pictures]
+
+    def _propose(self, picture: Image.Image) -> Detections:
+        from torchvision.ops import box_iou, nms
+
+        lab = _working_lab(picture)
+        distances = np.linalg.norm(lab - np.median(lab.reshape(-1, 3), axis=0), axis=2)
+        texture = float(np.median(distances))
+        regions = _regions(lab, distances, texture)
+        contrast = np.linalg.norm(regions.colours - _surroundings(lab, regions.boxes), axis=1)
+        scores = contrast / (contrast + TEXTURE_WEIGHT * texture + CONTRAST_SCALE)
+
+        strong = np.flatnonzero(scores > self.threshold)
+        candidates = torch.from_numpy(regions.boxes[strong]).double()
+        best = nms(candidates, torch.from_numpy(scores[strong]), SAME_REGION_IOU)
+        best = best[torch.from_numpy(_free_of_frames(regions, strong[best.numpy()]))][:MAX_PROPOSALS]
+        # A region's edge wanders with the level; the median over its levels is nearer to the thing's own.
+        same = box_iou(candidates[best], candidates) > SAME_REGION_IOU
+        boxes = torch.stack([candidates[row].median(dim=0).values for row in same]) if len(best) else same
+        boxes = boxes.reshape(-1, 4) * torch.tensor(
+            [picture.width / lab.shape[1], picture.height / lab.shape[0]] * 2
+        )
+        return to_detections(
+            boxes, [LABEL] * len(best), torch.from_numpy(scores[strong[best.numpy()]]), picture.size
+        )
+
+
+def _working_lab(picture: Image.Image) -> np.ndarray:
+    """(height, width, 3) float32 Lab, the longer side at most `WORKING_SIDE`."""
+    cv2 = _import_cv2()
+    pixels = np.asarray(picture.convert("RGB"))
+    scale = WORKING_SIDE / max(picture.size)
+    if scale < 1:
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+
+
+def _regions(lab: np.ndarray, distances: np.ndarray, texture: float) -> Regions:
+    cv2 = _import_cv2()
+    found: list[tuple[np.ndarray, ...]] = []
+    maps = []
+    levels = np.arange(max(LEVEL_STEP, LEVELS_START * texture), distances.max(), LEVEL_STEP)
+    for level, least in enumerate(levels):
+        count, numbers, stats, _ = cv2.connectedComponentsWithStats((distances >= least).astype(np.uint8))
+        areas = stats[:, cv2.CC_STAT_AREA]
+        chosen = (areas >= SMALLEST_AREA) & (areas <= LARGEST_SHARE * distances.size)
+        chosen[0] = False  # all that lies below the level
+        (kept,) = np.nonzero(chosen)
+        flat = numbers.ravel()
+        colours = [
+            np.bincount(flat, channel.ravel(), count)[kept] / areas[kept]
+            for channel in np.moveaxis(lab, 2, 0)
+        ]
+        pixels = np.zeros(count, np.intp)
+        pixels[flat] = np.arange(flat.size)
+        corners = stats[kept][:, [cv2.CC_STAT_LEFT, cv2.CC_STAT_TOP]]
+        sides = stats[kept][:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]]
+        boxes = np.concatenate([corners, corners + sides], axis=1)
+        found.append((boxes, np.stack(colours, axis=1), pixels[kept], kept, np.full(len(kept), level)))
+        maps.append(flat)
+    if not found:
+        empty = np.zeros(0, np.intp)
+        return Regions(np.zeros((0, 4), np.int32), np.zeros((0, 3)), empty, empty, empty, maps)
+    return Regions(*(np.concatenate(parts) for parts in zip(*found, strict=True)), maps=maps)
+
+
+def _surroundings(lab: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """(R, 3) mean colours of what lies around the boxes."""
+    cv2 = _import_cv2()
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, keepdims=True)
+    margins = np.maximum(2, (SURROUNDING_SHARE * sides).astype(int))
+    height, width = lab.shape[:2]
+    wide = np.concatenate([boxes[:, :2] - margins, boxes[:, 2:] + margins], axis=1)
+    wide = wide.clip(0, [width, height, width, height])
+    sums = cv2.integral(lab.astype(np.float64))
+
+    def total(b: np.ndarray) -> np.ndarray:
+        x1, y1, x2, y2 = b.T
+        return sums[y2, x2] - sums[y1, x2] - sums[y2, x1] + sums[y1, x1]
+
+    def area(b: np.ndarray) -> np.ndarray:
+        return (b[:, 2:] - b[:, :2]).prod(axis=1, keepdims=True)
+
+    return (total(wide) - total(boxes)) / np.maximum(area(wide) - area(boxes), 1)
+
+
+def _free_of_frames(regions: Regions, chosen: np.ndarray) -> np.ndarray:
+    """Which of the chosen regions lie in no hole of another one: what a frame holds belongs to it."""
+    boxes = regions.boxes[chosen]
+    within = (boxes[:, None, :2] >= boxes[None, :, :2]).all(axis=2) & (
+        boxes[:, None, 2:] <= boxes[None, :, 2:]
+    ).all(axis=2)
+    np.fill_diagonal(within, False)
+    free = np.ones(len(chosen), bool)
+    for inner, outer in zip(*np.nonzero(within), strict=True):
+        frame = chosen[outer]
+        # A region that grew out of the inner one at a lower level holds its pixels; a frame does not.
+        number = regions.maps[regions.levels[frame]][regions.pixels[chosen[inner]]]
+        free[inner] &= number == regions.numbers[frame]
+    return free
+
+
+def _import_cv2() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(
+            f"detector 'proposals' needs OpenCV, which does not import here ({error}); pip install "
+            "'mgllava[detection]', or opencv-python-headless alone"
+        ) from error
+    return cv2
