@@ -311,6 +311,23 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch, room):
     assert len(looked_at(folder)) - before == 10 - len(kept)
 
 
+def test_a_line_that_the_system_takes_in_pieces_is_written_whole(folder, monkeypatch):
+    opened = PartFile.__enter__
+
+    class Pieces(FullDisk):
+        def write(self, content):
+            return self._file.write(content[:7])
+
+    def in_pieces(self):
+        opened(self)
+        self._file = Pieces(self._file, None)
+        return self
+
+    monkeypatch.setattr(PartFile, "__enter__", in_pieces)
+    run(folder)
+    assert_complete(folder, 10)
+
+
 def test_a_disk_that_fills_while_merging_leaves_the_former_box_file(folder, monkeypatch):
     run(folder)
     write_picture(folder / "pictures" / "0010.png", 10, (8, 9))
