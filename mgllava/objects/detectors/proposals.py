@@ -19,18 +19,14 @@ from .output import to_detections
 __all__ = ["ProposalDetector"]
 
 LABEL = "object"
-DEFAULT_THRESHOLD = 0.6
+DEFAULT_THRESHOLD = 0.65
 # The model takes 100 boxes of a picture; of more than that it keeps 20 of each label, and here there is one.
 MAX_PROPOSALS = 100
 WORKING_SIDE = 512  # larger pictures are shrunk to it
-SMALLEST_AREA, LARGEST_SHARE = 16, 0.25  # of a region: pixels, and share of the picture
-
-# Distances are those of CIE Lab, where about 2 can just be told apart. Levels start above the ground's own texture.
-LEVEL_STEP = 12.0
-LEVELS_START = 3.0  # times the median distance
-# A score is contrast / (contrast + 2 median distances + 10): half the way up at twice the ground's texture.
-TEXTURE_WEIGHT, CONTRAST_SCALE = 2.0, 10.0
-SURROUNDING_SHARE = 0.15  # width of a region's surroundings, as a share of its longer side
+SMALLEST_AREA, LARGEST_SHARE = 16, 0.5  # of a region: pixels, and share of the picture
+LEVEL_STEP = 15.0  # in CIE Lab, where a distance of about 2 can just be told
+CONTRAST_SCALE = 10.0  # on an even ground the contrast that scores 0.5
+SURROUNDINGS = 0.15  # their width, as a share of a region's longer side
 SAME_REGION_IOU = 0.5
 
 
@@ -62,7 +58,7 @@ class ProposalDetector:
     boxes takes the weakest: the limit of 20 of a label, which would apply beyond, never does.
 
     Args:
-        threshold: proposals scored at or below it are left out; 0.6 by default.
+        threshold: proposals scored at or below it are left out; 0.65 by default.
 
     Raises:
         ImportError: OpenCV is not installed.
@@ -85,25 +81,21 @@ class ProposalDetector:
         from torchvision.ops import box_iou, nms
 
         lab = _working_lab(picture)
-        distances = np.linalg.norm(lab - np.median(lab.reshape(-1, 3), axis=0), axis=2)
-        texture = float(np.median(distances))
-        regions = _regions(lab, distances, texture)
-        contrast = np.linalg.norm(regions.colours - _surroundings(lab, regions.boxes), axis=1)
-        scores = contrast / (contrast + TEXTURE_WEIGHT * texture + CONTRAST_SCALE)
+        regions = _regions(lab)
+        colours, spreads = _surroundings(lab, regions.boxes)
+        contrast = np.linalg.norm(regions.colours - colours, axis=1)
+        scores = contrast / (contrast + spreads + CONTRAST_SCALE)
 
-        strong = np.flatnonzero(scores > self.threshold)
+        (strong,) = np.nonzero(scores > self.threshold)
         candidates = torch.from_numpy(regions.boxes[strong]).double()
-        best = nms(candidates, torch.from_numpy(scores[strong]), SAME_REGION_IOU)
-        best = best[torch.from_numpy(_free_of_frames(regions, strong[best.numpy()]))][:MAX_PROPOSALS]
+        best = nms(candidates, torch.from_numpy(scores[strong]), SAME_REGION_IOU).numpy()
+        best = best[_free_of_frames(regions, strong[best])][:MAX_PROPOSALS]
         # A region's edge wanders with the level; the median over its levels is nearer to the thing's own.
         same = box_iou(candidates[best], candidates) > SAME_REGION_IOU
-        boxes = torch.stack([candidates[row].median(dim=0).values for row in same]) if len(best) else same
-        boxes = boxes.reshape(-1, 4) * torch.tensor(
-            [picture.width / lab.shape[1], picture.height / lab.shape[0]] * 2
-        )
-        return to_detections(
-            boxes, [LABEL] * len(best), torch.from_numpy(scores[strong[best.numpy()]]), picture.size
-        )
+        boxes = [candidates[row].median(dim=0).values.tolist() for row in same]
+        scale = [picture.width / lab.shape[1], picture.height / lab.shape[0]] * 2
+        boxes = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4) * torch.tensor(scale)
+        return to_detections(boxes, [LABEL] * len(best), torch.from_numpy(scores[strong[best]]), picture.size)
 
 
 def _working_lab(picture: Image.Image) -> np.ndarray:
@@ -117,12 +109,13 @@ def _working_lab(picture: Image.Image) -> np.ndarray:
     return cv2.cvtColor(pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
 
 
-def _regions(lab: np.ndarray, distances: np.ndarray, texture: float) -> Regions:
+def _regions(lab: np.ndarray) -> Regions:
+    """The regions whose colour is farther from the prevailing one than each level."""
     cv2 = _import_cv2()
+    distances = np.linalg.norm(lab - np.median(lab.reshape(-1, 3), axis=0), axis=2)
     found: list[tuple[np.ndarray, ...]] = []
     maps = []
-    levels = np.arange(max(LEVEL_STEP, LEVELS_START * texture), distances.max(), LEVEL_STEP)
-    for level, least in enumerate(levels):
+    for level, least in enumerate(np.arange(LEVEL_STEP, distances.max(), LEVEL_STEP)):
         count, numbers, stats, _ = cv2.connectedComponentsWithStats((distances >= least).astype(np.uint8))
         areas = stats[:, cv2.CC_STAT_AREA]
         chosen = (areas >= SMALLEST_AREA) & (areas <= LARGEST_SHARE * distances.size)
@@ -146,24 +139,29 @@ def _regions(lab: np.ndarray, distances: np.ndarray, texture: float) -> Regions:
     return Regions(*(np.concatenate(parts) for parts in zip(*found, strict=True)), maps=maps)
 
 
-def _surroundings(lab: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """(R, 3) mean colours of what lies around the boxes."""
+def _surroundings(lab: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean colours (R, 3) of what lies around the boxes, and how far it spreads about them (R,)."""
     cv2 = _import_cv2()
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, keepdims=True)
-    margins = np.maximum(2, (SURROUNDING_SHARE * sides).astype(int))
+    margins = np.maximum(2, (SURROUNDINGS * sides).astype(int))
     height, width = lab.shape[:2]
     wide = np.concatenate([boxes[:, :2] - margins, boxes[:, 2:] + margins], axis=1)
     wide = wide.clip(0, [width, height, width, height])
-    sums = cv2.integral(lab.astype(np.float64))
+    values = lab.astype(np.float64)
+    sums, squares = cv2.integral(values), cv2.integral(values**2)
 
-    def total(b: np.ndarray) -> np.ndarray:
-        x1, y1, x2, y2 = b.T
-        return sums[y2, x2] - sums[y1, x2] - sums[y2, x1] + sums[y1, x1]
+    def around(table: np.ndarray) -> np.ndarray:
+        inner, outer = (
+            table[y2, x2] - table[y1, x2] - table[y2, x1] + table[y1, x1]
+            for x1, y1, x2, y2 in (boxes.T, wide.T)
+        )
+        return outer - inner
 
-    def area(b: np.ndarray) -> np.ndarray:
-        return (b[:, 2:] - b[:, :2]).prod(axis=1, keepdims=True)
-
-    return (total(wide) - total(boxes)) / np.maximum(area(wide) - area(boxes), 1)
+    inner_area, outer_area = ((b[:, 2:] - b[:, :2]).prod(axis=1, keepdims=True) for b in (boxes, wide))
+    count = np.maximum(outer_area - inner_area, 1)
+    means = around(sums) / count
+    variances = around(squares) / count - means**2
+    return means, np.sqrt(variances.sum(axis=1).clip(0))
 
 
 def _free_of_frames(regions: Regions, chosen: np.ndarray) -> np.ndarray:
