@@ -16,7 +16,7 @@ __all__ = ["Mark", "colour_of", "draw_detections", "draw_marks", "explain_select
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-DROPPED: Colour = (150, 150, 150)
+DROPPED: Colour = (200, 200, 200)
 LONGEST_TEXT = 40
 
 
@@ -27,7 +27,7 @@ class Mark(NamedTuple):
         box: x1, y1, x2, y2 in pixels of the picture; what lies outside of it shows at its border.
         text: what stands beside it; may be empty.
         colour: red, green and blue, 0..255.
-        dashed: whether the outline is.
+        dashed: whether the outline is, with black between the dashes: it shows on any ground.
     """
 
     box: Sequence[float]
@@ -113,15 +113,15 @@ def draw_marks(picture: Image.Image, marks: Iterable[Mark]) -> Image.Image:
             _draw_dashed(draw, outline, mark.colour, width)
         else:
             draw.rectangle(outline, outline=mark.colour, width=width)
-    taken: list[Rectangle] = []
-    for mark in marks:
-        if mark.text:
-            place = _place_text(draw, mark, _outline(mark.box, drawn.size, width), font, drawn.size, taken)
-            taken.append(place)
-            draw.rectangle(place, fill=mark.colour)
-            draw.text(
-                (place[0] + 1, place[1]), mark.text, fill=_readable_on(mark.colour), font=font, anchor="la"
-            )
+    places: list[Rectangle] = []
+    written = [mark for mark in marks if mark.text]
+    for mark in reversed(written):  # the last ones choose first
+        places.append(
+            _place_text(draw, mark, _outline(mark.box, drawn.size, width), font, drawn.size, places)
+        )
+    for mark, place in zip(written, reversed(places), strict=True):
+        draw.rectangle(place, fill=mark.colour)
+        draw.text((place[0] + 1, place[1]), mark.text, fill=_readable_on(mark.colour), font=font, anchor="la")
     return drawn
 
 
@@ -157,6 +157,7 @@ def _draw_dashed(
 ) -> None:
     x1, y1, x2, y2 = outline
     dash = 4 * width
+    draw.rectangle(outline, outline=(0, 0, 0), width=width)
     for start in range(x1, x2 + 1, 2 * dash):
         end = min(start + dash - 1, x2)
         draw.rectangle((start, y1, end, min(y1 + width - 1, y2)), fill=colour)
@@ -180,7 +181,14 @@ def _place_text(
     wide, high = math.ceil(text_width) + 2, math.ceil(text_height) + 1
     x1, y1, x2, y2 = outline
     places = []
-    for x, y in ((x1, y1 - high), (x1, y2 + 1), (x1, y1), (x2 - wide, y2 - high)):
+    for x, y in (
+        (x1, y1 - high),
+        (x1, y2 + 1),
+        (x2 - wide, y1 - high),
+        (x2 - wide, y2 + 1),
+        (x1, y1),
+        (x2 - wide, y2 - high),
+    ):
         x, y = max(0, min(x, size[0] - wide)), max(0, min(y, size[1] - high))
         places.append((x, y, x + wide - 1, y + high - 1))
     free = (place for place in places if not any(_meet(place, other) for other in taken))

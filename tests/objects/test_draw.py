@@ -122,7 +122,7 @@ def test_texts_of_boxes_in_one_place_do_not_cover_each_other():
     marks = [Mark((100, 100, 200, 200), "first", RED), Mark((101, 101, 201, 201), "second", (0, 0, 255))]
     alone = len(_where(draw_marks(picture, marks[:1]), RED))
     both = len(_where(draw_marks(picture, marks), RED))
-    assert both > alone - 20  # where the outlines cross
+    assert both > alone - 100  # what the second text hides of the first outline
 
 
 def test_what_the_model_gets_is_numbered_and_what_it_does_not_has_a_reason(texts):
