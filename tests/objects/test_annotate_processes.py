@@ -29,21 +29,17 @@ def _wait_for_lines(folder, count, processes):
 def test_processes_killed_at_random_annotate_every_picture_once(tmp_path, seed):
     write_pictures(tmp_path / "pictures", COUNT)
     rng = random.Random(seed)
-    kills = 5
-    for _ in range(kills):
-        processes = start(tmp_path, 2)
-        _wait_for_lines(tmp_path, len(lines_of(tmp_path)) + rng.randrange(1, 30), processes)
+    kills = 0
+    while kills < 5 and len(lines_of(tmp_path)) < COUNT - 50:  # a slow machine gets further between two kills
+        processes = start(tmp_path, 2, seconds=0.008)
+        _wait_for_lines(tmp_path, len(lines_of(tmp_path)) + rng.randrange(1, 25), processes)
         time.sleep(rng.uniform(0, 0.02))
-        victims = [
-            process for process in rng.choice([processes, processes[:1], processes[1:]]) if process.is_alive()
-        ]
-        assert victims
-        for victim in victims:
+        for victim in rng.choice([processes, processes[:1], processes[1:]]):
+            kills += victim.is_alive()
             victim.kill()
         time.sleep(rng.uniform(0, 0.05))  # the other works on until it, too, is killed
         stop(processes)
-        assert not (tmp_path / "boxes.json").exists()
-    assert 0 < len(lines_of(tmp_path)) < COUNT
+    assert kills >= 2
     _finish(start(tmp_path, 2, seconds=0))
     assert_complete(tmp_path, COUNT)
     # Beyond what was under way in a process when it died, nothing is done twice.

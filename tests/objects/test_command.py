@@ -173,6 +173,7 @@ def test_weights_that_are_absent(tmp_path):
 
 
 def test_a_picture_of_one_pixel_with_the_detector_that_needs_no_weights(tmp_path):
+    pytest.importorskip("cv2")
     picture = write_picture(tmp_path / "dot.png", 0, (1, 1))
     code, output = _run(picture, "--detector", "proposals", "--output", tmp_path / "boxes.json")
     assert code == 0, output
