@@ -14,6 +14,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from mgllava.objects.boxes import detections_to_boxes
 from mgllava.objects.detector import Detections
 from mgllava.objects.detectors import DETECTORS, florence2, load_detector
+from mgllava.objects.detectors.output import to_detections
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WITH_WEIGHTS = [name for name, family in DETECTORS.items() if family.checkpoint]
@@ -175,7 +176,7 @@ def test_planted_boxes_come_back_in_pixels_sorted_by_score(name, load):
 def test_boxes_beyond_the_picture_are_clipped_and_those_in_the_padding_dropped(name, load):
     detector = load(name)
     planted = [
-        [((-5, 10, 20, 90), 0, 0.9)],
+        [((-5, 10, 20, 90), 0, 0.9), ((-9, 10, -1, 20), 1, 0.8), ((10, -9, 20, -1), 2, 0.7)],
         # At the right of the picture's 40 rows OWLv2 sees padding, below row 40.
         [((10, 50, 90, 90), 0, 0.9), ((10, 30, 90, 60), 1, 0.8), ((0, 40, 100, 100), 2, 0.7)],
         [((30, 0, 90, 90), 0, 0.9), ((20, -10, 60, 50), 1, 0.8), ((5, 5, 5, 9), 2, 0.7)],
@@ -188,6 +189,12 @@ def test_boxes_beyond_the_picture_are_clipped_and_those_in_the_padding_dropped(n
         [((20, 0, 30, 50), "kite", 0.8), ((5, 5, 5, 9), "traffic light", 0.7)],
     ]
     assert_found(found, expected)
+
+
+def test_equal_scores_keep_the_order_in_which_they_were_given():
+    labels = [str(number) for number in range(2000)]
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2000, 4)
+    assert to_detections(boxes, labels, torch.ones(2000), (5, 5)).labels == tuple(labels)
 
 
 GOLDEN_CASES = json.loads((GOLDEN / "boxes.json").read_text())["cases"]
@@ -347,8 +354,8 @@ def test_florence_2_writes_labels_and_boxes(name, prompt, load, monkeypatch):
         detector,
         [
             "cat<loc_0><loc_250><loc_500><loc_999>",
-            "red car<loc_100><loc_200><loc_300><loc_400><loc_0><loc_0><loc_999><loc_999>"
-            "kite<loc_500><loc_500><loc_400><loc_600>",
+            "kite<loc_500><loc_500><loc_400><loc_600>"
+            "red car<loc_100><loc_200><loc_300><loc_400><loc_0><loc_0><loc_999><loc_999>",
             "",
         ],
     )

@@ -47,7 +47,7 @@ def test_it_finds_what_lies_in_the_scenes(detector):
 
     scenes = [sample_scene("validation", index) for index in range(5000, 5020)]
     found: dict[str, list[bool]] = {}
-    spurious = []
+    tight, spurious = [], []
     for scene, detections in zip(scenes, detector([render(scene) for scene in scenes]), strict=True):
         boxes, labels = detections_to_boxes(
             **detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=CANVAS
@@ -56,9 +56,11 @@ def test_it_finds_what_lies_in_the_scenes(detector):
         overlaps = box_iou(torch.tensor([thing.box for thing in scene.things]), boxes)
         for thing, best in zip(scene.things, overlaps.amax(dim=1).tolist(), strict=True):
             found.setdefault(thing.size, []).append(best >= 0.5)
+        tight += overlaps.amax(dim=1).tolist()
         spurious.append(int((overlaps.amax(dim=0) < 0.5).sum()))
     assert set(found) == {"small", "medium", "large"}
     assert all(np.mean(hits) >= 0.97 for hits in found.values())
+    assert np.mean(tight) > 0.9  # 0.91; boxes of one level alone have 0.88
     assert np.mean(spurious) < 0.5
 
 
@@ -72,7 +74,7 @@ def test_boxes_are_in_pixels_of_the_picture(detector, size, ground, mark):
     assert sorted(found.boxes) == wanted
     assert found.labels == ("object", "object")
     assert list(found.scores) == sorted(found.scores, reverse=True)
-    assert all(0.65 < score < 1 for score in found.scores)
+    assert all(0.6 < score < 1 for score in found.scores)
 
 
 def test_a_large_picture_is_shrunk_and_its_boxes_are_not(detector):
@@ -87,11 +89,30 @@ def test_a_frame_keeps_what_is_in_it_and_a_stain_keeps_its_neighbours(detector):
     draw = ImageDraw.Draw(picture)
     draw.rectangle((20, 20, 79, 79), outline=MARK, width=4)
     draw.rectangle((40, 40, 59, 59), fill=(240, 240, 240))
-    # A faint stain around a mark is not a frame: the mark is a part of it.
-    draw.rectangle((120, 20, 179, 79), fill=(90, 95, 100))
+    # A stain around a mark is no frame: the mark is a part of it.
+    draw.rectangle((120, 20, 179, 79), fill=(150, 155, 160))
     draw.rectangle((140, 40, 159, 59), fill=(240, 240, 240))
     (found,) = detector([picture])
-    assert sorted(found.boxes) == [(20.0, 20.0, 80.0, 80.0), (140.0, 40.0, 160.0, 60.0)]
+    assert sorted(found.boxes) == [
+        (20.0, 20.0, 80.0, 80.0),
+        (120.0, 20.0, 180.0, 80.0),
+        (140.0, 40.0, 160.0, 60.0),
+    ]
+
+
+def test_a_texture_is_not_taken_for_things(detector):
+    dots = [(x, y, x + 6, y + 6) for x in range(2, 196, 10) for y in range(2, 196, 10)]
+    picture = picture_of((200, 200), *dots, mark=(110, 120, 130))
+    picture.paste(MARK, (80, 90, 120, 115))
+    (found,) = detector([picture])
+    assert found.boxes == ((80.0, 90.0, 120.0, 115.0),)
+
+
+def test_specks_of_a_large_picture_are_none_of_its_things(detector):
+    speck = (50, 50, 55, 55)
+    small, large = detector([picture_of((200, 100), speck), picture_of((2000, 1000), speck)])
+    assert small.boxes == (speck,)
+    assert large.boxes == ()
 
 
 def test_the_limit_is_by_score_alone(detector):

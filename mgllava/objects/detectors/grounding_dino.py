@@ -96,4 +96,4 @@ class MMGroundingDinoDetector(GroundingDinoDetector):
 
 def _prompt(tag: str) -> str:
     """A tag as the text holds it: full stops and question marks part tags, so its own make way."""
-    return " ".join(tag.lower().replace(".", " ").replace("?", " ").split()) + ". "
+    return " ".join(tag.replace(".", " ").replace("?", " ").split()) + ". "

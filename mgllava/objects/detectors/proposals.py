@@ -19,14 +19,15 @@ from .output import to_detections
 __all__ = ["ProposalDetector"]
 
 LABEL = "object"
-DEFAULT_THRESHOLD = 0.65
+DEFAULT_THRESHOLD = 0.6
 # The model takes 100 boxes of a picture; of more than that it keeps 20 of each label, and here there is one.
 MAX_PROPOSALS = 100
 WORKING_SIDE = 512  # larger pictures are shrunk to it
 SMALLEST_AREA, LARGEST_SHARE = 16, 0.5  # of a region: pixels, and share of the picture
 LEVEL_STEP = 15.0  # in CIE Lab, where a distance of about 2 can just be told
 CONTRAST_SCALE = 10.0  # on an even ground the contrast that scores 0.5
-SURROUNDINGS = 0.15  # their width, as a share of a region's longer side
+# Their width: a share of a region's longer side, but enough pixels to see the next dot of a texture.
+SURROUNDINGS, LEAST_SURROUNDINGS = 0.25, 6
 SAME_REGION_IOU = 0.5
 
 
@@ -58,7 +59,7 @@ class ProposalDetector:
     boxes takes the weakest: the limit of 20 of a label, which would apply beyond, never does.
 
     Args:
-        threshold: proposals scored at or below it are left out; 0.65 by default.
+        threshold: proposals scored at or below it are left out; 0.6 by default.
 
     Raises:
         ImportError: OpenCV is not installed.
@@ -143,7 +144,7 @@ def _surroundings(lab: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.nd
     """Mean colours (R, 3) of what lies around the boxes, and how far it spreads about them (R,)."""
     cv2 = _import_cv2()
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, keepdims=True)
-    margins = np.maximum(2, (SURROUNDINGS * sides).astype(int))
+    margins = np.maximum(LEAST_SURROUNDINGS, (SURROUNDINGS * sides).astype(int))
     height, width = lab.shape[:2]
     wide = np.concatenate([boxes[:, :2] - margins, boxes[:, 2:] + margins], axis=1)
     wide = wide.clip(0, [width, height, width, height])
