@@ -1,5 +1,6 @@
 """What the detectors with weights share: loading, and checks of the input."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from ..detector import Detections
 from .output import to_detections
 
 __all__ = ["PretrainedDetector"]
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class PretrainedDetector(ABC):
@@ -88,9 +91,10 @@ class PretrainedDetector(ABC):
                 model = self.auto_model.from_pretrained(checkpoint, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
+            hint = f", or, with a network, fetch them first: hf download {checkpoint}"
             raise OSError(
                 f"detector {self.name!r} cannot load its weights from {checkpoint!r}: {reason} Give a folder or a hub "
-                f"id that holds them as checkpoint, or, with a network, fetch them first: hf download {checkpoint}"
+                f"id that holds them as checkpoint{hint if HUB_ID.fullmatch(checkpoint) else ''}"
             ) from error
         if model_type not in self.model_types:
             raise ValueError(

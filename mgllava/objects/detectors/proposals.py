@@ -33,7 +33,7 @@ SAME_REGION_IOU = 0.5
 
 @dataclass(frozen=True)
 class Regions:
-    """Connected regions of N pixels each at one level of the distances.
+    """R connected regions, each at one level of the distances.
 
     Attributes:
         boxes: (R, 4) int, x1, y1, x2, y2 in pixels.
@@ -79,7 +79,7 @@ class ProposalDetector:
         return [self._propose(picture) for picture in pictures]
 
     def _propose(self, picture: Image.Image) -> Detections:
-        from torchvision.ops import box_iou, nms
+        from torchvision.ops import nms
 
         lab = _working_lab(picture)
         regions = _regions(lab)
@@ -90,12 +90,10 @@ class ProposalDetector:
         (strong,) = np.nonzero(scores > self.threshold)
         candidates = torch.from_numpy(regions.boxes[strong]).double()
         best = nms(candidates, torch.from_numpy(scores[strong]), SAME_REGION_IOU).numpy()
+        best = best[: 5 * MAX_PROPOSALS]  # enough to choose from once what frames hold has gone
         best = best[_free_of_frames(regions, strong[best])][:MAX_PROPOSALS]
-        # A region's edge wanders with the level; the median over its levels is nearer to the thing's own.
-        same = box_iou(candidates[best], candidates) > SAME_REGION_IOU
-        boxes = [candidates[row].median(dim=0).values.tolist() for row in same]
-        scale = [picture.width / lab.shape[1], picture.height / lab.shape[0]] * 2
-        boxes = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4) * torch.tensor(scale)
+        scale = torch.tensor([picture.width / lab.shape[1], picture.height / lab.shape[0]] * 2)
+        boxes = candidates[best] * scale
         return to_detections(boxes, [LABEL] * len(best), torch.from_numpy(scores[strong[best]]), picture.size)
 
 
