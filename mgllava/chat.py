@@ -102,6 +102,11 @@ def check_backend(device: str) -> None:
         raise ValueError(str(error)) from error
 
 
+def default_device() -> str:
+    """Where one GPU suffices: on it if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(device: str) -> torch.device:
     """The named torch device; ValueError if there is none such here."""
     try:

@@ -1,4 +1,4 @@
-"""The command line: `mgllava demo | chat | convert | train | scenes | doctor`."""
+"""The command line: `mgllava demo | chat | detect | convert | train | scenes | doctor`."""
 
 import functools
 import os
@@ -11,6 +11,7 @@ import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 
+from .objects.command import add_detect_command
 from .scenes.command import scenes_app
 
 app = typer.Typer(
@@ -66,6 +67,25 @@ def chat(
             help='JSON with the picture\'s {"boxes", "labels", "scores"}; one per picture, in order.'
         ),
     ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(help="Find the boxes with this detector; `mgllava detect --help` lists them."),
+    ] = None,
+    tags: Annotated[
+        str | None,
+        typer.Option(
+            help="What the detector looks for, if it wants names: as for `mgllava detect`, or question: what --prompt "
+            "names."
+        ),
+    ] = None,
+    detector_checkpoint: Annotated[
+        str | None,
+        typer.Option(help="The detector's weights: folder or hub id. Default: the published ones."),
+    ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the pictures with the boxes the model gets, and those it does not."),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask once, print the answer and end. Without it: a conversation.")
     ] = None,
@@ -77,12 +97,21 @@ def chat(
     """Ask about a picture. In a conversation, RESET forgets it and EXIT ends it."""
     from transformers.utils import logging
 
-    from .chat import ChatSession, load_model, stdout_streamer
+    from .chat import ChatSession, default_device, load_model, stdout_streamer
     from .image_processing_mgllava import load_picture
     from .objects.boxes import load_detections
+    from .objects.detect import check_detector, detect_objects, draw_selections
+    from .objects.detectors import load_detector
+    from .objects.tags import load_tagger
 
     logging.disable_progress_bar()
     images = image or []
+    if detector is None and (tags or detector_checkpoint):
+        raise ValueError("--tags and --detector-checkpoint are for a detector; add --detector NAME")
+    if detector:
+        check_detector(detector, tags is not None)
+    if detector and boxes:
+        raise ValueError("--boxes and --detector are two sources of boxes; give one of them")
     if boxes and len(boxes) != len(images):
         raise ValueError(f"{len(images)} pictures came with {len(boxes)} boxes files; expected one for each")
     # Everything that can be wrong with the input shows before the weights load.
@@ -90,9 +119,23 @@ def chat(
     detections = (
         [load_detections(path, image=name) for path, name in zip(boxes, images, strict=True)] if boxes else []
     )
-    if images and not boxes:
-        console.print("no --boxes: the picture is read without objects", style="dim")
+    if images and detector:
+        place = default_device() if device == "auto" else device
+        tagger = load_tagger(tags, device=place) if tags else None
+        found_by = load_detector(detector, checkpoint=detector_checkpoint, device=place)
+        detections = detect_objects(pictures, found_by, tagger, prompt)
+    elif images and not boxes:
+        console.print("no --boxes, no --detector: the picture is read without objects", style="dim")
     loaded, processor = load_model(model, dtype, device)
+    if draw is not None:
+        for path in draw_selections(
+            pictures,
+            detections or [None] * len(pictures),
+            [Path(name).stem for name in images],
+            draw,
+            **processor.image_processor.selection,
+        ):
+            console.print("wrote", str(path), markup=False, highlight=False)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     session = ChatSession(
         loaded, processor, pictures, detections or None, max_new_tokens=max_new_tokens, **sampling
@@ -205,6 +248,7 @@ def doctor() -> None:
         out.print("nothing amiss", style="green")
 
 
+add_detect_command(app, friendly_errors)
 app.add_typer(scenes_app(friendly_errors), name="scenes")
 
 

@@ -99,6 +99,12 @@ class MGLlavaImageProcessor(BaseImageProcessor):
         self.max_objects = max_objects
         self.max_per_category = max_per_category
 
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What decides which detections the model gets, as `select_detections` takes it."""
+        names = ("high_res_size", "iou_threshold", "max_objects", "max_per_category")
+        return {name: getattr(self, name) for name in names}
+
     def preprocess(
         self,
         images: Any,

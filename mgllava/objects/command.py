@@ -97,18 +97,12 @@ def _settings(
     tags_checkpoint: str | None,
 ) -> dict[str, object]:
     """What the detections depend on, checked as far as it can be before any weights load."""
+    from .detect import check_detector
+    from .detect import check_detector
     from .detectors import DETECTORS
     from .tags import TAGGERS, VOCABULARIES, FixedTags, load_tagger
 
-    if detector not in DETECTORS:
-        raise ValueError(f"detector is {detector!r}; expected one of {', '.join(DETECTORS)}")
-    family = DETECTORS[detector]
-    if family.needs_tags and tags is None:
-        raise ValueError(
-            f"{detector} looks for the names it is given; add --tags, such as --tags coco or --tags 'cat, dog'"
-        )
-    if not family.needs_tags and tags is not None:
-        raise ValueError(f"{detector} has names of its own; leave --tags out or choose another detector")
+    check_detector(detector, tags is not None)
     if tags == "question":
         raise ValueError(
             "tags are 'question', but pictures alone ask none; expected names, a file or a vocabulary"
@@ -119,7 +113,7 @@ def _settings(
         names = tagger.tags if isinstance(tagger, FixedTags) else tags
     return {
         "detector": detector,
-        "checkpoint": checkpoint or family.checkpoint,
+        "checkpoint": checkpoint or DETECTORS[detector].checkpoint,
         "threshold": threshold,
         "tags": names,
         "tags_checkpoint": tags_checkpoint,

@@ -54,6 +54,36 @@ def test_chat_answers_a_prompt(run, converted_golden, picture, boxes):
     assert "without objects" in without.stderr
 
 
+def test_chat_finds_objects_and_draws_what_the_model_gets(run, converted_golden, picture, tmp_path):
+    arguments = ["chat", "--model", converted_golden, "--image", picture, "--image", picture]
+    arguments += ["--prompt", QUESTION, "--max-new-tokens", 4, "--device", "cpu"]
+    result = run(*arguments, "--detector", "proposals", "--draw", tmp_path / "drawn")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip()
+    assert "without objects" not in result.stderr
+    drawings = [tmp_path / "drawn" / name for name in ("image.png", "image-2.png")]
+    assert sorted((tmp_path / "drawn").iterdir()) == sorted(drawings)
+    with Image.open(drawings[0]) as drawn, Image.open(picture) as original:
+        assert drawn.size == original.size
+        assert drawn.convert("RGB").tobytes() != original.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--detector", "owl"], "detector is 'owl'; expected one of owlv2"),
+        (["--detector", "proposals", "--boxes", "x.json"], "two sources of boxes"),
+        (["--tags", "cat"], "add --detector NAME"),
+        (["--detector", "owlv2"], "looks for the names it is given; add --tags"),
+        (["--detector", "proposals", "--tags", "cat"], "proposals has names of its own"),
+    ],
+)
+def test_detectors_of_a_conversation(run, converted_golden, picture, options, message):
+    result = run("chat", "--model", converted_golden, "--image", picture, *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
 def test_chat_answers_without_a_picture(run, converted_golden):
     result = run("chat", "--model", converted_golden, "--prompt", "what is red ?", "--max-new-tokens", 4)
     assert result.exit_code == 0, result.output
@@ -101,7 +131,7 @@ def test_python_dash_m_is_the_same_program():
     result = subprocess.run(
         [sys.executable, "-m", "mgllava", "--help"], capture_output=True, text=True, timeout=120, check=True
     )
-    assert all(command in result.stdout for command in ("demo", "chat", "convert", "doctor"))
+    assert all(command in result.stdout for command in ("demo", "chat", "detect", "convert", "doctor"))
 
 
 def test_doctor_reports_versions_and_the_path_of_every_op(run):
