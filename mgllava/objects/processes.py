@@ -48,10 +48,9 @@ class Processes:
         """
         if self.count == 1:
             return
-        from accelerate import PartialState
-
         try:
-            PartialState().wait_for_everyone()
+            # accelerate's own wait names a GPU for each process, of which there may be fewer.
+            torch.distributed.barrier()
         except RuntimeError as error:
             raise ConnectionError(
                 "another process ended before its share was done; run the same command again, it goes on where this "
