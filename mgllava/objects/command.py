@@ -98,7 +98,6 @@ def _settings(
 ) -> dict[str, object]:
     """What the detections depend on, checked as far as it can be before any weights load."""
     from .detect import check_detector
-    from .detect import check_detector
     from .detectors import DETECTORS
     from .tags import TAGGERS, VOCABULARIES, FixedTags, load_tagger
 
