@@ -18,7 +18,7 @@ def detect(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PICTURES...",
+            metavar="PICTURES",
             help="Pictures, folders of them, or records in LLaVA's form (.json, .jsonl), whose ids the boxes get.",
         ),
     ],
@@ -61,8 +61,8 @@ def detect(
 ) -> None:
     """Detect the objects of pictures: what `chat`, `train` and `evaluate` take as boxes.
 
-    After an interruption the same command goes on where it stopped. In several processes:
-    accelerate launch -m mgllava detect ..., or torchrun.
+    After an interruption the same command goes on where it stopped. On several GPUs: accelerate launch
+    -m mgllava detect ..., or torchrun --nproc-per-node 8 -m mgllava detect ...
     """
     from ..chat import check_device
     from .annotate import annotate
