@@ -7,10 +7,12 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .errors import CheckpointError
 from .files import UNWRITABLE
@@ -94,12 +96,23 @@ class MGLlavaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        if self.saves_model:
+        if self._is_plain:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(folder / SAFE_WEIGHTS_NAME))
+        elif self.saves_model:
             super()._save(str(folder), state_dict)
         if self.saves_neck and self.args.should_save:
             save_neck(self.model.state_dict() if state_dict is None else state_dict, folder / NECK_FILE)
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether this is a module of stage 0, which knows no `save_pretrained`; its weights may be tied."""
+        return self.saves_model and not hasattr(self.model, "save_pretrained")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_plain:
+            load_model(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+            return
         # FSDP writes the state of the whole model into checkpoints, in its own form.
         if self.saves_model or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -43,6 +43,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
 }
 
 
