@@ -1,13 +1,13 @@
 """Makes what is shipped of the runs that trained it: `python -m mgllava.embedded.build runs/embedded`."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
 from ..chat import load_model
+from ..files import replace_folder
 from ..scenes import CHANCE, ask, detect, render, sample_scene
 from ..scenes.evaluate import SHOWN, FamilyScore, evaluate_answers
 from ..training.log import training_seconds
@@ -30,19 +30,16 @@ def build(runs: Path, scenes: int = TEST_SCENES) -> None:
         scenes: test scenes to score on, each with one question.
     """
     model, processor = load_model(str(runs / "stage-2" / "model"), "float32", "cpu")
-    scratch = MODEL.with_name(".model")
-    shutil.rmtree(scratch, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(scratch)
-    processor.save_pretrained(scratch)
-    model, processor = load_model(str(scratch), "float32", "cpu")
-    scores = {
-        show: evaluate_answers(model, processor, num_scenes=scenes, show=show, progress=True)
-        for show in SHOWN
-    }
-    card = _card(runs, sum(value.numel() for value in model.parameters()), scores)
-    (scratch / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(MODEL, ignore_errors=True)
-    scratch.rename(MODEL)
+    with replace_folder(MODEL) as scratch:
+        model.to(torch.bfloat16).save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        model, processor = load_model(str(scratch), "float32", "cpu")
+        scores = {
+            show: evaluate_answers(model, processor, num_scenes=scenes, show=show, progress=True)
+            for show in SHOWN
+        }
+        size = sum(value.numel() for value in model.parameters())
+        (scratch / "README.md").write_text(_card(runs, size, scores), encoding="utf-8")
 
     scene = sample_scene("test", DEMO_SCENE)
     render(scene).save(PICTURE)

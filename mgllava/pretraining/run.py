@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..chat_templates import load_chat_template
 from ..configuration_mgllava import MGLlavaHighResConfig
 from ..conversion.tokenizer import add_placeholders
+from ..files import replace_file
 from ..image_processing_mgllava import MGLlavaImageProcessor
 from ..modeling_mgllava import IGNORE_INDEX
 from ..processing_mgllava import MGLlavaProcessor
@@ -24,7 +25,6 @@ from ..scenes import FAMILIES, WORDS
 from ..training.arguments import training_arguments
 from ..training.encode import Encoder
 from ..training.errors import RecipeError
-from ..training.files import replace_file
 from ..training.run import check_output, check_trackers, keep_recipe
 from ..training.sampling import TrainingOrder
 from ..training.trainer import MGLlavaTrainer

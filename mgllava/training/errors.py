@@ -1,6 +1,12 @@
 """What stops a training run."""
 
-__all__ = ["BadRecord", "CheckpointError", "DataError", "RecipeError"]
+from safetensors import SafetensorError
+
+__all__ = ["UNWRITABLE", "BadRecord", "CheckpointError", "DataError", "RecipeError"]
+
+
+# What a full disk raises depends on who was writing: Python, torch.save or safetensors.
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)
 
 
 class RecipeError(ValueError):

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..files import replace_file
 from ..modeling_mgllava import MGLlavaModel
 from .errors import CheckpointError, DataError
-from .files import replace_file
 
 __all__ = ["FeatureStore", "fingerprint_towers"]
 

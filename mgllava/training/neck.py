@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import replace_file
 from .errors import CheckpointError
-from .files import replace_file
 
 __all__ = ["NECK_FILE", "is_neck", "load_neck", "neck_state", "save_neck"]
 

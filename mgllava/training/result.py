@@ -1,12 +1,12 @@
 """The folder that stage 2 leaves behind."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
 from ..configuration_mgllava import MGLlavaConfig
+from ..files import replace_folder
 from ..modeling_mgllava import MGLlavaForConditionalGeneration
 from ..processing_mgllava import MGLlavaProcessor
 from .neck import load_neck
@@ -34,13 +34,6 @@ def write_model(recipe: Recipe, checkpoint: Path, folder: Path) -> None:
         load_neck(model, checkpoint)
         model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
     model.generation_config = GenerationConfig.from_pretrained(recipe.model)
-    scratch = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    with replace_folder(folder) as scratch:
         model.save_pretrained(scratch)
         MGLlavaProcessor.from_pretrained(recipe.model).save_pretrained(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise

@@ -15,15 +15,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..chat import check_model_folder
+from ..files import replace_file
 from ..modeling_mgllava import MGLlavaForConditionalGeneration, MGLlavaModel
 from ..processing_mgllava import MGLlavaProcessor
 from .arguments import training_arguments
 from .assemble import assemble_model
 from .collate import Collator
 from .encode import Encoder
-from .errors import CheckpointError, DataError, RecipeError
+from .errors import UNWRITABLE, CheckpointError, DataError, RecipeError
 from .features import FeatureStore, fingerprint_towers
-from .files import UNWRITABLE, replace_file
 from .neck import NECK_FILE, load_neck, save_neck
 from .recipe import DataRecipe, Recipe, RunSettings, check_same_run, recipe_from_dict
 from .records import LlavaRecords, PythonRecords, RecordSource

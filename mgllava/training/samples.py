@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..files import replace_file
 from ..modeling_mgllava import MGLlavaModel
 from .encode import Encoder
 from .errors import BadRecord, DataError
 from .features import FeatureStore
-from .files import replace_file
 from .records import RecordSource, check_record
 
 __all__ = ["DataReport", "TrainingSamples"]

@@ -14,8 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .errors import CheckpointError
-from .files import UNWRITABLE
+from .errors import UNWRITABLE, CheckpointError
 from .neck import NECK_FILE, load_neck, save_neck
 from .sampling import TrainingOrder
 
