@@ -30,6 +30,7 @@ from ..training.encode import Encoder
 from ..training.records import IMAGE_TOKEN, Record
 from .attributes import (
     CELL_SIZE,
+    CLASSES,
     POSITION_BINS,
     REGION_SIZE,
     cell_labels,
@@ -41,7 +42,7 @@ from .attributes import (
 __all__ = ["LanguagePretraining", "SymbolCollator", "SymbolicScenes"]
 
 CAPTION_SHARE = 0.25
-NOISE = 0.1  # standard deviation added to every symbol, so that tokens of real towers need not be exact
+NOISE = 0.05  # standard deviation added to every symbol, so that tokens of real towers need not be exact
 # What of a scene is there: symbols of the grid's cells, of the boxes, or both.
 VIEWS = ("cells", "boxes", "both", "both")
 
@@ -157,14 +158,20 @@ class SymbolCollator:
 
 
 class LanguagePretraining(nn.Module):
-    """A Llama that reads symbols through one linear layer each for cells and boxes.
+    """A Llama that reads symbols as sums of words, through one linear layer more each for cells and boxes.
+
+    A symbol is the sum of the embeddings of the words that name it, so that what is read can be said at once; what has
+    no word of its own (frames, whose colours are the inks' words, and positions) is the linear layer's.
 
     Args:
         config: of the language model; its vocabulary does not hold the placeholders.
+        tokenizer: knows the words of `CLASSES`.
         image_token_id, object_token_id: the placeholders in `input_ids`.
     """
 
-    def __init__(self, config: LlamaConfig, image_token_id: int, object_token_id: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, tokenizer: Any, image_token_id: int, object_token_id: int
+    ) -> None:
         super().__init__()
         self.language_model = LlamaForCausalLM(config)
         self.image_token_id = image_token_id
@@ -173,6 +180,8 @@ class LanguagePretraining(nn.Module):
         self.region_symbols = nn.Linear(REGION_SIZE, config.hidden_size)
         for layer in (self.cell_symbols, self.region_symbols):
             nn.init.normal_(layer.weight, std=config.initializer_range)
+        words = [word for name, group in CLASSES.items() if name != "frame" for word in group]
+        self.register_buffer("words", torch.tensor(tokenizer.convert_tokens_to_ids(words)), persistent=False)
 
     def forward(
         self,
@@ -196,7 +205,11 @@ class LanguagePretraining(nn.Module):
             cells, regions = (values + NOISE * torch.randn_like(values) for values in (cells, regions))
         masks = (input_ids == self.image_token_id), (input_ids == self.object_token_id)
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(masks[0] | masks[1], 0))
-        for mask, tokens in zip(masks, (self.cell_symbols(cells), self.region_symbols(regions)), strict=True):
+        words = self.language_model.get_input_embeddings()(self.words)
+        for mask, symbols, layer in zip(
+            masks, (cells, regions), (self.cell_symbols, self.region_symbols), strict=True
+        ):
+            tokens = symbols[:, : len(words)] @ words + layer(symbols)
             embeds = embeds.masked_scatter(mask[..., None], tokens.to(embeds.dtype))
         output = self.language_model(
             inputs_embeds=embeds,

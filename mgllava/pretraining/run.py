@@ -151,7 +151,7 @@ class _LanguageModel:
         self.processor = _processor(build_tokenizer(WORDS), (vision.image_size // vision.patch_size) ** 2)
         self.encoder = Encoder(self.processor, TEXT_LIMIT)
         self.model = LanguagePretraining(
-            config, self.processor.image_token_id, self.processor.object_token_id
+            config, self.tokenizer, self.processor.image_token_id, self.processor.object_token_id
         )
         self.collate = SymbolCollator(self.tokenizer.pad_token_id)
 
