@@ -180,6 +180,7 @@ class LanguagePretraining(nn.Module):
         self.region_symbols = nn.Linear(REGION_SIZE, config.hidden_size)
         for layer in (self.cell_symbols, self.region_symbols):
             nn.init.normal_(layer.weight, std=config.initializer_range)
+            nn.init.zeros_(layer.bias)
         words = [word for name, group in CLASSES.items() if name != "frame" for word in group]
         self.register_buffer("words", torch.tensor(tokenizer.convert_tokens_to_ids(words)), persistent=False)
 

@@ -1,7 +1,9 @@
 """Both towers from nothing, on regions: what each box shows, what each cell of the grids holds."""
 
+from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,16 +16,19 @@ from ..configuration_mgllava import MGLlavaHighResConfig
 from ..high_res_tower import MGLlavaHighResTower
 from ..image_processing_mgllava import MGLlavaImageProcessor
 from ..objects.boxes import detections_to_boxes
-from ..scenes import CANVAS, detect, render, sample_scene, things_of_boxes
+from ..scenes import CANVAS, Thing, detect, render, sample_scene, things_of_boxes
+from ..scenes.crowd import sample_crowd
+from ..scenes.detections import jittered
 from .attributes import CELL_SIZE, CLASSES, REGION_SIZE, cell_labels, classes_of, position_of
 
 __all__ = ["RegionScenes", "TowerPretraining", "collate_regions", "region_accuracy"]
 
+CELL_WEIGHT = 0.3  # of cells' losses, whose sums over all words are several times those of regions
 LAYER_SCALE = 0.1  # of ConvNeXt's blocks at the start; the 1e-6 of long runs would cost hundreds of steps
 
 
 class RegionScenes(Dataset):
-    """Scenes with what every box and every cell of the grid holds.
+    """Scenes with what every box and every cell of the grid holds; in training every other one is a crowd.
 
     Args:
         split: `train`, `validation` or `test`.
@@ -41,18 +46,30 @@ class RegionScenes(Dataset):
         self.image_processor = image_processor
         self.grid = grid
         self.first = first
+        self.with_crowds = split == "train"
 
     def __len__(self) -> int:
         return self.num_scenes
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        scene = sample_scene(self.split, self.first + index)
-        detections = detect(scene)
+        number = self.first + index
         size = self.image_processor.high_res_size
-        boxes, _ = detections_to_boxes(
-            **detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=size
-        )
-        things = things_of_boxes(scene, detections, size)
+        if self.with_crowds and index % 2:
+            scene = sample_crowd(self.split, number)
+            rng = Random(f"boxes of crowd {self.split} {number}")
+            boxes, _ = detections_to_boxes(
+                [jittered(rng, thing.box) for thing in scene.things],
+                image_size=(CANVAS, CANVAS),
+                high_res_size=size,
+            )
+            things: list[Thing | None] = list(scene.things)
+        else:
+            scene = sample_scene(self.split, number)
+            detections = detect(scene)
+            boxes, _ = detections_to_boxes(
+                **detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=size
+            )
+            things = things_of_boxes(scene, detections, size)
         pictures = self.image_processor(render(scene))
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         return {
@@ -60,11 +77,8 @@ class RegionScenes(Dataset):
             "pixel_values_high_res": pictures["pixel_values_high_res"][0],
             "boxes": boxes,
             "classes": torch.tensor([classes_of(thing) for thing in things]),
-            "positions": torch.stack(
-                [
-                    torch.stack([torch.from_numpy(position_of(value, size)) for value in centre])
-                    for centre in centres.tolist()
-                ]
+            "positions": torch.from_numpy(
+                np.stack([[position_of(value, size) for value in centre] for centre in centres.tolist()])
             ),
             "cells": torch.from_numpy(cell_labels(scene, self.grid)),
         }
@@ -142,7 +156,7 @@ class TowerPretraining(nn.Module):
         # As many words as a picture has cells with something in them, whatever the grid.
         for found, labels in ((low_res, cells), (high_res, cells), (scene, cells.amax(dim=1))):
             words = F.binary_cross_entropy_with_logits(found.float(), labels, reduction="sum")
-            loss = loss + words / labels.sum()
+            loss = loss + CELL_WEIGHT * words / labels.sum()
         return {"loss": loss, "logits": logits}
 
 

@@ -8,7 +8,7 @@ from ..objects.boxes import select_detections
 from .objects import CANVAS, KINDS
 from .scene import Box, Scene, Thing
 
-__all__ = ["Detections", "detect", "things_of_boxes"]
+__all__ = ["Detections", "detect", "jittered", "things_of_boxes"]
 
 MISSED_SHARE = 0.03
 DUPLICATE_SHARE = 0.12
@@ -52,8 +52,8 @@ def detect(scene: Scene) -> Detections:
     found: list[tuple[Box, str, float, int | None]] = []
     for index, thing in enumerate(scene.things):
         missed, duplicated = rng.random() < MISSED_SHARE, rng.random() < DUPLICATE_SHARE
-        box, score = _jittered(rng, thing.box, JITTER), _score(rng, SCORES)
-        duplicate, lower_score = _jittered(rng, thing.box, DUPLICATE_JITTER), _score(rng, DUPLICATE_SCORES)
+        box, score = jittered(rng, thing.box, JITTER), _score(rng, SCORES)
+        duplicate, lower_score = jittered(rng, thing.box, DUPLICATE_JITTER), _score(rng, DUPLICATE_SCORES)
         if not missed:
             found.append((box, thing.kind, score, index))
             if duplicated:
@@ -88,7 +88,8 @@ def things_of_boxes(
     return [None if source is None else scene.things[source] for source in sources]
 
 
-def _jittered(rng: Random, box: Box, deviation: float) -> Box:
+def jittered(rng: Random, box: Box, deviation: float = JITTER) -> Box:
+    """A box as a detector finds it: each edge off by a share of the side, clipped to the canvas."""
     width, height = box[2] - box[0], box[3] - box[1]
     left, right = (edge + rng.gauss(0, deviation * width) for edge in (box[0], box[2]))
     top, bottom = (edge + rng.gauss(0, deviation * height) for edge in (box[1], box[3]))

@@ -129,7 +129,7 @@ def sample_scene(split: str, index: int) -> Scene:
     while things is None:
         things = _lay_out(rng, wanted)
     rng.shuffle(things)
-    return Scene(split, index, _background(rng), tuple(things))
+    return Scene(split, index, draw_background(rng), tuple(things))
 
 
 def outlines(thing: Thing) -> list[list[Point]]:
@@ -173,11 +173,11 @@ def _repeat(rng: Random, names: list[str], total: int) -> list[str]:
 
 def _lay_out(rng: Random, plan: list[dict]) -> list[Thing] | None:
     """Give every planned thing a size and a position, or return None where the canvas is too crowded."""
-    sized = [_with_size(rng, attributes) for attributes in plan]
+    sized = [draw_size(rng, attributes) for attributes in plan]
     sized.sort(key=lambda thing: -thing["height"])
     things: list[Thing] = []
     for attributes in sized:
-        left, top, right, bottom = _box(attributes)
+        left, top, right, bottom = extent_of(attributes)
         for _ in range(TRIES):
             place = rng.randrange(len(PLACES))
             side = CANVAS / 3
@@ -192,7 +192,8 @@ def _lay_out(rng: Random, plan: list[dict]) -> list[Thing] | None:
     return things
 
 
-def _with_size(rng: Random, attributes: dict) -> dict:
+def draw_size(rng: Random, attributes: dict) -> dict:
+    """A thing's attributes with size, height, width, angle and shade."""
     size = rng.choices(list(SIZE_SHARES), list(SIZE_SHARES.values()))[0]
     smallest, largest = SIZES[size]
     if attributes["kind"] != DIGIT:
@@ -215,7 +216,7 @@ def _outlines(kind: str, height: float, angle: float, centre: Point) -> list[lis
     ]
 
 
-def _box(attributes: dict) -> Box:
+def extent_of(attributes: dict) -> Box:
     """The box of the thing when its centre is the origin."""
     if attributes["kind"] != DIGIT:
         outline = _outlines(attributes["kind"], attributes["height"], attributes["angle"], (0.0, 0.0))[0]
@@ -241,7 +242,8 @@ def _is_free(thing: Thing, others: list[Thing]) -> bool:
     return sum(other.place == thing.place for other in others) < THINGS_PER_PLACE
 
 
-def _background(rng: Random) -> Background:
+def draw_background(rng: Random) -> Background:
+    """What things lie on."""
     value = rng.uniform(26, 74)
     red, green, blue = (round(min(max(value + rng.uniform(-16, 16), 0), 255)) for _ in range(3))
     return Background(
