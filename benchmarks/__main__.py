@@ -1,24 +1,44 @@
 """The command line: `python -m benchmarks --help`."""
 
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import roofline, rows
 from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.rows import Row
-from benchmarks.runner import Job, Runner, current_conditions, estimated_seconds, is_measured, problems
+from benchmarks.runner import (
+    OURS,
+    Conditions,
+    DeviceLost,
+    Job,
+    Runner,
+    current_conditions,
+    estimated_seconds,
+    is_measured,
+    problems,
+    without_lost,
+)
 from benchmarks.shapes import ALL_MODES
 
+DEVICE_LOST = 3
+# A machine whose load is above this share of its cores does something else, too.
+BUSY = 0.25
 DTYPES = ("bfloat16", "float16", "float32")
 HELP = """Measure the ops and the neck against the original composition and other rivals.
 
-Every provider's results are compared with float64 before anything is timed; one that errs, does not fit into
+Every provider's results are compared with float64 before it is timed; one that errs, does not fit into
 memory or does not run here is listed with the reason, and wrong results make the command fail.
 
 \b
@@ -29,6 +49,11 @@ python -m benchmarks roofline            floors of every case on this device
 python -m benchmarks roofline --device H200
                                          the same as a prediction, without the device
 python -m pytest benchmarks/test_cpu.py  CPU-sized calls under pytest-benchmark
+
+Without --results rows go to benchmarks/results, which git tracks: --results FOLDER keeps yours apart. Rows carry the
+commit of the code: of the git checkout, without one what GIT_COMMIT=... says, else a hash of the files ("files-...").
+Ends with 0; 1 if results are wrong, a path of this package does not run, or the options are bad; 3 if an error made
+the GPU unusable for the process: the same command again goes on behind it.
 
 MGLLAVA_ORIGINAL_REPOSITORY=FOLDER, a checkout of github.com/PhoenixZ810/MG-LLaVA that you fetched, adds its own
 fusion module to conv_gate.
@@ -113,7 +138,11 @@ def main(
         if not jobs:
             raise ValueError("no case fits these options")
         folder = results or (None if quick else rows.RESULTS)
-        wrong = run(jobs, where, provider or [], budget, quick, fresh, folder, console, errors)
+        with rows.locked(folder) if folder is not None else contextlib.nullcontext():
+            wrong = run(jobs, where, provider or [], budget, quick, fresh, folder, console, errors)
+    except DeviceLost as error:
+        _print_error(errors, error)
+        raise typer.Exit(DEVICE_LOST) from error
     except (ValueError, RuntimeError, OSError) as error:
         _print_error(errors, error)
         raise typer.Exit(1) from error
@@ -138,52 +167,116 @@ def run(
     """Measure what is not measured yet, print and write rows after each job; the problems found."""
     # float32 means float32, for every provider.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    conditions = current_conditions(device)
+    places = {device.type: current_conditions(device), "cpu": current_conditions(torch.device("cpu"))}
+    where: Callable[[Job], Conditions] = lambda job: places["cpu" if job.benchmark.on_cpu else device.type]
     stored = [] if fresh or folder is None else rows.read_all(folder)
-    wanted = [job for job in jobs if not is_measured(job, conditions, stored)]
+    wanted = [
+        without_lost(job, where(job), stored)
+        for job in jobs
+        if not is_measured(job, where(job), stored, by_name)
+    ]
     seconds = budget if budget is not None else (1.0 if quick else 10.0)
-    minutes = sum(estimated_seconds(job, conditions, seconds, not quick) for job in wanted) / 60
-    errors.print(
-        f"{conditions.device_name}: {len(wanted)} measurements, about {max(1, round(minutes))} min; "
+    estimates = [estimated_seconds(job, where(job), seconds, not quick) for job in wanted]
+    minutes = max(1, round(sum(estimates) / 60))
+    _say(
+        errors,
+        f"{places[device.type].device_name}: {len(wanted)} measurements, about {minutes} min; "
         f"{len(jobs) - len(wanted)} are there already",
-        highlight=False,
-        soft_wrap=True,
     )
+    _tell_load(errors)
     found: list[str] = []
+    answers: list[str] = []
+    begin = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task("ceilings of the device", total=len(wanted))
-        names = dict.fromkeys(job.dtype for job in wanted)
-        ceilings = roofline.measure_ceilings(
-            device, [getattr(torch, name) for name in names], conditions.device_name
-        )
-        for job in wanted:
-            tell = lambda what, job=job: progress.update(task, description=f"{job.name}: {what}")
-            runner = Runner(conditions, ceilings, seconds, by_name, not quick, tell)
-            new = runner.measure(job)
-            if folder is not None:
-                rows.add(new, folder)
-            found += problems(new)
-            console.print(listing(job, new))
-            progress.advance(task)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("", total=len(wanted))
+        tell = lambda job, what: progress.update(task, description=escape(f"{job.name}: {what}"))
+        number = 0
+        for _, group in itertools.groupby(wanted, lambda job: job.benchmark.name):
+            own = list(group)
+            conditions = where(own[0])
+            before = _ceilings(own, conditions, lambda job: tell(job, "ceilings of the device"))
+            runner = Runner(
+                conditions,
+                before,
+                seconds,
+                by_name,
+                not quick,
+                write=lambda row: None if folder is None else rows.add([row], folder),
+            )
+            for job in own:
+                number += 1
+                if not errors.is_terminal:
+                    done = (time.monotonic() - begin) / 60
+                    _say(errors, f"{number}/{len(wanted)}, {done:.0f} of {minutes} min: {job.name}")
+                runner.tell = lambda what, job=job: tell(job, what)
+                new = runner.measure(job)
+                found += problems(new)
+                answers += _answers(job, new)
+                console.print(listing(job, new))
+                progress.advance(task)
+            apart = None
+            if before is not None:
+                after = _ceilings(own, conditions, lambda job: tell(job, "ceilings once more"))
+                apart = roofline.drift(before, after)
+            if apart is not None:
+                _say(errors, f"warning: {own[0].benchmark.name}: the device's own rates changed: {apart}")
+    if quick:
+        for answer in answers:
+            console.print(answer, highlight=False, soft_wrap=True, markup=False)
     return found
 
 
+def _ceilings(
+    jobs: list[Job], conditions: Conditions, tell: Callable[[Job], object]
+) -> roofline.Ceilings | None:
+    """Rates of the device for the jobs of one benchmark; None if it has no floor."""
+    if jobs[0].benchmark.cost is None:
+        return None
+    tell(jobs[0])
+    names = dict.fromkeys(job.dtype for job in jobs)
+    return roofline.measure_ceilings(
+        conditions.device, [getattr(torch, name) for name in names], conditions.device_name
+    )
+
+
+def _tell_load(errors: Console) -> None:
+    """What else the machine does: it is in every time."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = load > BUSY * cores
+    _say(
+        errors, f"load {load:.1f} on {cores} cores" + (": warning: something else is running" if busy else "")
+    )
+
+
+def _answers(job: Job, new: list[Row]) -> list[str]:
+    """In words, how this package compares with the baseline."""
+    first = job.benchmark.providers[0].name
+    medians = {
+        row.provider: row.milliseconds["median"] for row in new if row.milliseconds and row.launch == "eager"
+    }
+    return [
+        f"{job.benchmark.name}, {job.case.name}: {name} {medians[first] / median:.1f} times as fast as {first}"
+        for name, median in medians.items()
+        if name in OURS and first in medians and name != first
+    ]
+
+
 def listing(job: Job, new: list[Row]) -> Table:
-    """One job as a table; `times` is how often the baseline's time is that of the row."""
+    """One job as a table."""
     table = Table(title=job.name, title_justify="left", title_style="bold")
     table.add_column("provider", no_wrap=True)
-    for column in ("median ms", "p20 to p80", "times", "of floor", "extra MB", "error"):
+    first_name = job.benchmark.providers[0].name
+    for column in ("median ms", "p20 to p80", f"x {first_name}", "of floor", "extra MB", "error"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("not timed because")
-    baseline = {
-        row.launch: row.milliseconds for row in new if row.provider == job.benchmark.providers[0].name
-    }
+    table.add_column("not timed because, or read with")
+    baseline = {row.launch: row.milliseconds for row in new if row.provider == first_name}
     for row in new:
         name = row.provider + (" (graph)" if row.launch == "graph" else "")
         extra = "-" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:,.1f}"
         error = "-" if row.error is None else f"{row.error:.0e}"
-        reason = f"[red]{row.reason}[/]" if row.wrong else row.reason or ""
+        reason = escape(row.reason or row.note or "")
+        reason = f"[red]{reason}[/]" if row.wrong else reason
         if row.milliseconds is None:
             table.add_row(name, "-", "-", "-", "-", extra, error, reason)
             continue
@@ -274,9 +367,13 @@ def _consoles() -> tuple[Console, Console]:
     return console, errors
 
 
+def _say(errors: Console, text: str) -> None:
+    errors.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _print_error(errors: Console, error: Exception) -> None:
     errors.print("[bold red]error:[/]", end=" ")
-    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    _say(errors, str(error))
 
 
 if __name__ == "__main__":

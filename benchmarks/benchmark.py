@@ -20,6 +20,23 @@ ExtraBytes = Callable[[Sizes, torch.dtype, str], int]
 NOT_CONVERTED = ("boxes",)
 NOT_DIFFERENTIATED = ("boxes", "pixel_values", "pixel_values_high_res")
 
+# What decides a row's times: the code behind ops, and that behind whole models. What only reads rows is left out.
+NOT_MEASURING = (
+    "report",
+    "plots",
+    "comparison",
+    "acceptance",
+    "gpu_suite",
+    "shards",
+    "shard_plugin",
+    "ablation",
+)
+OPS_CODE = (
+    *("mgllava_kernels", "benchmarks", ":!benchmarks/results", ":!*.md"),
+    *(f":!benchmarks/{name}.py" for name in NOT_MEASURING),
+)
+MODELS_CODE = ("mgllava", *OPS_CODE)
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -34,6 +51,8 @@ class Provider:
         modes: what it can compute.
         dtypes: names of those in which it computes the op; None: all.
         on_request: why it does not run now, asked at each run; None: it does.
+        leniency: what its tolerance is multiplied by, if it computes nearly the same thing.
+        cpu_note: what its times on a CPU should be read with.
     """
 
     name: str
@@ -44,6 +63,13 @@ class Provider:
     modes: tuple[str, ...] = ("forward", "backward", "both")
     dtypes: tuple[str, ...] | None = None
     on_request: Callable[[], str | None] = lambda: None
+    leniency: float = 1.0
+    cpu_note: str | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """It takes about a minute to compile, and then is measured last."""
+        return self.gpu_only == COMPILED_ON_GPUS
 
     def obstacle(self, device: torch.device, dtype: str, mode: str, by_name: bool) -> str | None:
         """Why it does not run in this dtype and mode on this device, or None."""
@@ -67,16 +93,22 @@ class Benchmark:
         name: as in the rows.
         cases: its sizes.
         tiny: sizes that warm up a process, and of the tests.
-        inputs: makes the inputs in float32 on the CPU from sizes and a generator.
+        inputs: makes the inputs in float32 from sizes and a generator, on torch's default device, with the strides
+            that the model hands over.
         output_shapes: of the results.
         providers: the baseline first.
         function: this package's public function on the inputs, on whatever backend is active.
         cost: bytes and FLOPs of a case in a mode.
         dtypes: names of the dtypes measured by default on a GPU; on a CPU it is float32.
-        reference: what the results are compared with, if not this package's `reference` path.
-        in_float64: the reference is computed in float64, else (whole models) in the dtype that is measured.
-        leniency: what the tolerance is multiplied by, where layers around the op err, too.
+        reference: what the results are compared with, if not `function` on the `reference` path.
+        source: in words, where the reference is from if it is no literal composition.
+        in_float64: the reference is computed in float64; else (whole models) half precision is compared with
+            float32, for a GPU does not hold seven billion parameters in float64 beside their measured selves.
         rate: name of a number per second in the rows' `details`, and how many of them a call makes.
+        graph: a CUDA graph can hold a call: nothing in it waits for the device.
+        on_cpu: it is work of the CPU, measured there whatever the other benchmarks run on.
+        frozen: inputs that get no gradient, beside those that never do.
+        code: as git's pathspecs, the files that another version of makes measured rows old.
     """
 
     name: str
@@ -89,9 +121,13 @@ class Benchmark:
     cost: Callable[[Sizes, torch.dtype, str], Cost] | None = None
     dtypes: tuple[str, ...] = ("bfloat16",)
     reference: Function | None = None
+    source: str | None = None
     in_float64: bool = True
-    leniency: float = 1.0
     rate: tuple[str, Callable[[Sizes], int]] | None = None
+    graph: bool = True
+    on_cpu: bool = False
+    frozen: tuple[str, ...] = ()
+    code: tuple[str, ...] = OPS_CODE
 
 
 @dataclass(frozen=True)
@@ -112,26 +148,28 @@ class Problem:
         """Memory of the inputs."""
         return sum(tensor.nbytes for tensor in _tensors(list(self.inputs.values())))
 
-    def in_float64(self) -> "Problem":
-        """The same numbers in float64."""
-        inputs = {name: _converted(_copied(value), torch.float64) for name, value in self.inputs.items()}
-        return Problem(inputs, [grad.double() for grad in self.grads])
+    def widened(self, dtype: torch.dtype) -> "Problem":
+        """The same numbers and strides in a wider dtype."""
+        inputs = {name: _converted(_copied(value), dtype) for name, value in self.inputs.items()}
+        return Problem(inputs, [grad.to(dtype) for grad in self.grads])
 
 
 def make_problem(
     benchmark: Benchmark, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Problem:
-    """Random inputs of a benchmark and random gradients of its results."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random inputs of a benchmark and random gradients of its results, drawn on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device(device):
+        made = benchmark.inputs(sizes, generator)
     inputs = {}
-    for name, value in benchmark.inputs(sizes, generator).items():
+    for name, value in made.items():
         inputs[name] = _converted(value, None if name in NOT_CONVERTED else dtype, device)
         for tensor in _tensors(inputs[name]):
             if tensor.is_leaf and not isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(name not in NOT_DIFFERENTIATED)
+                tensor.requires_grad_(name not in (*NOT_DIFFERENTIATED, *benchmark.frozen))
     # Their mean is one: the gate's gradient, a sum over a whole picture, would otherwise be mostly cancellation.
     grads = [
-        (1 + torch.randn(shape, generator=generator)).to(device, dtype)
+        (1 + torch.randn(shape, generator=generator, device=device)).to(dtype)
         for shape in benchmark.output_shapes(sizes)
     ]
     return Problem(inputs, grads)
@@ -190,10 +228,12 @@ def package_providers(function: Function) -> tuple[Provider, ...]:
 COMPILED_ON_GPUS = "compiled rivals run on a GPU, elsewhere when named with --provider"
 
 
-def original_providers(function: Function, extra_bytes: ExtraBytes) -> tuple[Provider, ...]:
+def original_providers(
+    function: Function, extra_bytes: ExtraBytes, cpu_note: str | None = None
+) -> tuple[Provider, ...]:
     """The original composition as it is, and compiled."""
     return (
-        Provider("original", function, extra_bytes),
+        Provider("original", function, extra_bytes, cpu_note=cpu_note),
         *(
             Provider(name, partial(_compiled, function, mode), extra_bytes, gpu_only=COMPILED_ON_GPUS)
             for name, mode in (("original compiled", "default"), ("original max-autotune", "max-autotune"))
@@ -249,6 +289,13 @@ def _converted(value: Any, dtype: torch.dtype | None, device: torch.device | Non
         return value.to(device, dtype)
     if isinstance(value, Tensor):
         converted = value.detach().to(device, dtype if value.is_floating_point() else None)
+        if converted.stride() != value.stride():
+            # Of a view with gaps, such as tokens without their class token, `to` makes a dense tensor.
+            dense = converted
+            converted = torch.empty_strided(
+                value.shape, value.stride(), dtype=dense.dtype, device=dense.device
+            )
+            converted.copy_(dense)
         return converted.requires_grad_(value.requires_grad)
     if isinstance(value, list | tuple):
         return [_converted(item, dtype, device) for item in value]

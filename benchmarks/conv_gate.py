@@ -5,6 +5,7 @@ from torch import Tensor
 
 from benchmarks import original, original_repository, roofline
 from benchmarks.benchmark import Benchmark, Inputs, Provider, original_providers, package_providers
+from benchmarks.pooled_roi_align import stage_map
 from benchmarks.shapes import CONV_GATE, TINY, Sizes, stage_shapes, token_width, tokens_of
 from mgllava_kernels import ConvGateFusion
 
@@ -24,14 +25,14 @@ def fill(module: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def low_res_tokens(sizes: Sizes, generator: torch.Generator) -> Tensor:
-    """Random ViT tokens (B, N, D)."""
-    return torch.randn(sizes["images"], tokens_of(sizes), token_width(sizes), generator=generator)
+    """Random ViT tokens (B, N, D) as the model passes them: a view without the class token."""
+    return torch.randn(sizes["images"], 1 + tokens_of(sizes), token_width(sizes), generator=generator)[:, 1:]
 
 
 def _inputs(sizes: Sizes, generator: torch.Generator) -> Inputs:
     return {
         "low_res": low_res_tokens(sizes, generator),
-        "high_res": torch.randn(stage_shapes(sizes)[-1], generator=generator),
+        "high_res": stage_map(stage_shapes(sizes)[-1], sizes, generator),
         "fusion": make_fusion(sizes, generator),
     }
 

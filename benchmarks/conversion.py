@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.benchmark import Benchmark, Inputs, Provider
+from benchmarks.benchmark import MODELS_CODE, Benchmark, Inputs, Provider
 from benchmarks.shapes import CONVERSION, TINY_CHECKPOINT, Sizes
 
 MINIATURE = Path(__file__).resolve().parents[1] / "tests" / "golden" / "end_to_end"
@@ -89,6 +89,9 @@ BENCHMARK = Benchmark(
     function=_convert,
     dtypes=("float32",),
     reference=_stored,
-    in_float64=False,
+    source="what the files hold",
+    on_cpu=True,
+    graph=False,
+    code=MODELS_CODE,
     rate=("megabytes_per_second", _megabytes),
 )

@@ -1,13 +1,15 @@
 """Time to first token: pictures and prompt to the logits of the first answer token."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.benchmark import Benchmark, Inputs, Provider, package_providers
-from benchmarks.models import encoded, make_model, original_flow, picture_inputs, prompt
+from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Inputs, Provider, package_providers
+from benchmarks.models import encoded, make_model, original_flow, picture_inputs, prompt, reference_flow
+from benchmarks.original import ONE_THREAD
 from benchmarks.shapes import FIRST_TOKEN, TINY_MODEL, Sizes, model_width, tokens_of
 
 
@@ -25,8 +27,9 @@ def logits_shape(sizes: Sizes) -> tuple[int, ...]:
     return sizes["images"], sizes["vocabulary"]
 
 
-def _original(model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
-    features = encoded(original_flow(model.model, **pictures))
+def _composed(flow: Function, model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
+    """The model behind tokens that `flow` makes of pictures."""
+    features = encoded(flow(model.model, **pictures))
     return _results(model(input_ids=input_ids, mm_encoder_outputs=features, logits_to_keep=1))
 
 
@@ -50,8 +53,13 @@ BENCHMARK = Benchmark(
     tiny=TINY_MODEL,
     inputs=make_inputs,
     output_shapes=_output_shapes,
-    providers=(Provider("original", _original), *package_providers(_package)),
+    providers=(
+        Provider("original", partial(_composed, original_flow), cpu_note=ONE_THREAD),
+        *package_providers(_package),
+    ),
     function=_package,
+    reference=partial(_composed, reference_flow),
     in_float64=False,
-    leniency=4,
+    graph=False,  # transformers waits for the device
+    code=MODELS_CODE,
 )

@@ -1,13 +1,15 @@
 """Tokens per second: a whole greedy answer, pictures and prompt included."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from benchmarks.benchmark import Benchmark, Provider, package_providers
+from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Provider, package_providers
 from benchmarks.first_token import logits_shape, make_inputs
-from benchmarks.models import encoded, original_flow
+from benchmarks.models import encoded, original_flow, reference_flow
+from benchmarks.original import ONE_THREAD
 from benchmarks.shapes import GENERATION, TINY_MODEL, Sizes
 
 NEW_TOKENS = 32
@@ -28,8 +30,9 @@ def _answer(model: Any, input_ids: Tensor, **inputs: Any) -> Sequence[Tensor]:
     return (output.logits[0][:, :-2].to(model.dtype),)
 
 
-def _original(model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
-    return _answer(model, input_ids, mm_encoder_outputs=encoded(original_flow(model.model, **pictures)))
+def _composed(flow: Function, model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
+    """The model behind tokens that `flow` makes of pictures."""
+    return _answer(model, input_ids, mm_encoder_outputs=encoded(flow(model.model, **pictures)))
 
 
 def _package(model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
@@ -46,9 +49,14 @@ BENCHMARK = Benchmark(
     tiny=TINY_MODEL,
     inputs=make_inputs,
     output_shapes=lambda sizes: [logits_shape(sizes)],
-    providers=(Provider("original", _original), *package_providers(_package)),
+    providers=(
+        Provider("original", partial(_composed, original_flow), cpu_note=ONE_THREAD),
+        *package_providers(_package),
+    ),
     function=_package,
+    reference=partial(_composed, reference_flow),
     in_float64=False,
-    leniency=4,
+    graph=False,  # transformers waits for the device
+    code=MODELS_CODE,
     rate=("tokens_per_second", _tokens),
 )

@@ -3,16 +3,16 @@
 transformers takes seconds to import, so only functions here import it: other benchmarks do not wait for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import original
+from benchmarks import neck, original
 from benchmarks.benchmark import Inputs
+from benchmarks.boxes import picture_boxes
 from benchmarks.shapes import Sizes, model_width, stage_shapes, token_width, tokens_of
-from mgllava_kernels._workloads import random_boxes
 
 # Random values that weights are filled with, over and over: drawing seven billion takes minutes. Their number is
 # prime, so that no two rows of a weight are the same.
@@ -92,7 +92,7 @@ def picture_inputs(sizes: Sizes, generator: torch.Generator) -> Inputs:
     """Random pictures and as many boxes in each."""
     images, boxes, canvas = sizes["images"], sizes["boxes"], sizes["canvas"]
     side = 14 * stage_shapes(sizes)[-1][2]
-    rows = random_boxes(images, boxes, canvas, canvas, torch.device("cpu"))
+    rows = picture_boxes(sizes)
     return {
         "pixel_values": torch.randn(images, 3, side, side, generator=generator),
         "pixel_values_high_res": torch.randn(images, 3, canvas, canvas, generator=generator),
@@ -112,11 +112,28 @@ def original_flow(
     model: Any, pixel_values: Tensor, pixel_values_high_res: Tensor, boxes: Tensor
 ) -> Sequence[Tensor]:
     """The vision flow with the original's neck: tokens (N + K, T) of each picture. The towers are the same."""
+    return _flow(original.neck, model, pixel_values, pixel_values_high_res, boxes)
+
+
+def reference_flow(
+    model: Any, pixel_values: Tensor, pixel_values_high_res: Tensor, boxes: Tensor
+) -> Sequence[Tensor]:
+    """The same with the literal composition."""
+    return _flow(neck.reference, model, pixel_values, pixel_values_high_res, boxes)
+
+
+def _flow(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    model: Any,
+    pixel_values: Tensor,
+    pixel_values_high_res: Tensor,
+    boxes: Tensor,
+) -> Sequence[Tensor]:
     low_res = model.encode_low_res(pixel_values)
     stages = model.high_res_tower(pixel_values_high_res)
-    neck = [getattr(model, name) for name in NECK]
+    modules = [getattr(model, name) for name in NECK]
     scale = stages[0].shape[-1] / pixel_values_high_res.shape[-1]
-    image_tokens, object_tokens = original.neck(low_res, stages, list(boxes), *neck, scale)
+    image_tokens, object_tokens = function(low_res, stages, list(boxes), *modules, scale)
     objects = object_tokens.split([len(own) for own in boxes])
     return [torch.cat(pair) for pair in zip(image_tokens, objects, strict=True)]
 

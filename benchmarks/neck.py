@@ -1,17 +1,21 @@
-"""The whole vision neck: fusion, objects and both projectors in one call."""
+"""The whole vision neck: fusion, objects and both projectors in one call.
+
+`backward` and `both` are those of MG-LLaVA's training: the towers are frozen, so gradients go to the neck's weights
+alone. Nearly all of the extra memory is then those gradients, the same for every provider.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks import original, roofline
+from benchmarks import literal, original, roofline
 from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
 from benchmarks.conv_gate import low_res_tokens, make_fusion
 from benchmarks.pooled_roi_align import stages_and_boxes
 from benchmarks.projectors import make_projector
 from benchmarks.shapes import NECK, TINY, Sizes, model_width, stage_shapes, token_width, tokens_of
-from mgllava_kernels import ConvGateFusion, Projector, vision_neck
+from mgllava_kernels import ConvGateFusion, Projector, use_backend, vision_neck
 from mgllava_kernels._workloads import BINS
 
 
@@ -52,6 +56,22 @@ def _package(
     )
 
 
+def reference(
+    low_res: Tensor,
+    stages: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    fusion: ConvGateFusion,
+    image_projector: Projector,
+    object_projector: Projector,
+    spatial_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The literal composition, RoIAlign piece by piece."""
+    with use_backend("reference"):
+        image_tokens = image_projector(fusion(low_res, stages[-1]))
+        (vectors,) = literal.pooled_roi_align(stages, boxes, spatial_scale)
+        return image_tokens, object_projector(vectors)
+
+
 # Without boxes both sides do what is left of the composition: the original still upsamples and joins the stages,
 # and its RoIAlign has nothing to do. (The model itself gives such a picture one all-zero box.)
 BENCHMARK = Benchmark(
@@ -60,7 +80,12 @@ BENCHMARK = Benchmark(
     tiny=TINY,
     inputs=_inputs,
     output_shapes=_output_shapes,
-    providers=(*original_providers(original.neck, original.extra_neck), *package_providers(_package)),
+    providers=(
+        *original_providers(original.neck, original.extra_neck, original.ONE_THREAD),
+        *package_providers(_package),
+    ),
     function=_package,
+    reference=reference,
     cost=roofline.neck,
+    frozen=("low_res", "stages"),
 )

@@ -21,6 +21,9 @@ from mgllava_kernels._workloads import BINS
 from mgllava_kernels.conv_gate import ConvGateFusion
 from mgllava_kernels.projector import Projector
 
+# Of rows measured on a CPU.
+ONE_THREAD = "torchvision's RoIAlign runs on one thread of a CPU, this package's on all"
+
 
 def joined_stages(stages: Sequence[Tensor]) -> Tensor:
     """The stages' maps on the finest grid as one float32 map (B, ΣC_l, H_0, W_0); float64 stays."""
@@ -96,7 +99,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def extra_pooled_roi_align(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
-    """The joined map in the model's dtype and in float32, one picture's bins in both; their gradients."""
+    """The joined map in both dtypes, a copy for torchvision, one picture's bins in both dtypes; their gradients."""
     shapes = stage_shapes(sizes)
     channels = sum(shape[1] for shape in shapes)
     wide = max(4, dtype.itemsize)
@@ -104,10 +107,12 @@ def extra_pooled_roi_align(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
     joined = sizes["images"] * channels * math.prod(shapes[0][2:]) * element
     # Upsampled stages and their concatenation exist at once.
     upsampled = joined * 15 // 16
+    # torchvision copies a picture's map, which is channels_last, to NCHW.
+    copied = channels * math.prod(shapes[0][2:]) * wide if sizes["boxes"] else 0
     bins = sizes["boxes"] * channels * BINS**2 * element
     if mode == "forward":
-        return max(joined + upsampled, joined + bins)
-    return 2 * joined + 2 * bins
+        return max(joined + upsampled, joined + copied + bins)
+    return 2 * joined + copied + 2 * bins
 
 
 def extra_conv_gate(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:

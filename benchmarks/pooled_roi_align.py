@@ -1,24 +1,35 @@
-"""Pooled RoIAlign over ConvNeXt's stages: one vector per box."""
+"""Pooled RoIAlign over ConvNeXt's stages: one vector per box.
+
+`backward` and `both` ask for the gradients of the maps, which MG-LLaVA's own training does not need (both towers are
+frozen there) and another model's may.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks import original, roofline
+from benchmarks import literal, original, roofline
 from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
+from benchmarks.boxes import picture_boxes
 from benchmarks.shapes import POOLED_ROI_ALIGN, TINY, Sizes, stage_shapes
 from mgllava_kernels import pooled_roi_align
-from mgllava_kernels._workloads import BINS, random_boxes
+from mgllava_kernels._workloads import BINS
+
+
+def stage_map(shape: tuple[int, ...], sizes: Sizes, generator: torch.Generator) -> Tensor:
+    """A random map (B, C, H, W) as ConvNeXt's stages leave it, channels_last; with `nchw` contiguous."""
+    maps = torch.randn(shape, generator=generator)
+    return maps if sizes.get("nchw") else maps.contiguous(memory_format=torch.channels_last)
 
 
 def stages_and_boxes(sizes: Sizes, generator: torch.Generator) -> Inputs:
     """Random stage maps, boxes (K, 4) for each picture, and the scale from canvas to the finest map."""
     images, canvas = sizes["images"], sizes["canvas"]
     shapes = stage_shapes(sizes)
-    rows = random_boxes(images, sizes["boxes"], canvas, canvas, torch.device("cpu"))
+    rows = picture_boxes(sizes)
     return {
-        "stages": [torch.randn(shape, generator=generator) for shape in shapes],
+        "stages": [stage_map(shape, sizes, generator) for shape in shapes],
         "boxes": [rows[rows[:, 0] == index, 1:].contiguous() for index in range(images)],
         "spatial_scale": shapes[0][2] / canvas,
     }
@@ -39,9 +50,10 @@ BENCHMARK = Benchmark(
     inputs=stages_and_boxes,
     output_shapes=_output_shapes,
     providers=(
-        *original_providers(original.pooled_roi_align, original.extra_pooled_roi_align),
+        *original_providers(original.pooled_roi_align, original.extra_pooled_roi_align, original.ONE_THREAD),
         *package_providers(_package),
     ),
     function=_package,
+    reference=literal.pooled_roi_align,
     cost=roofline.pooled_roi_align,
 )

@@ -3,21 +3,19 @@
 import torch
 from torch import Tensor
 
-from benchmarks import roofline
+from benchmarks import original, roofline
 from benchmarks.benchmark import Benchmark, Inputs, Provider, package_providers
+from benchmarks.boxes import region_boxes
 from benchmarks.shapes import ROI_ALIGN, TINY_REGIONS, Sizes
 from mgllava_kernels import roi_align
-from mgllava_kernels._workloads import LEVEL_PICTURE, level_boxes, random_boxes
+from mgllava_kernels._workloads import LEVEL_PICTURE
 
 
 def _inputs(sizes: Sizes, generator: torch.Generator) -> Inputs:
-    draw = random_boxes if sizes["large"] else level_boxes
     shape = [sizes[name] for name in ("images", "channels", "height", "width")]
     return {
         "maps": torch.randn(shape, generator=generator),
-        "boxes": draw(
-            sizes["images"], sizes["boxes"] // sizes["images"], *LEVEL_PICTURE, torch.device("cpu")
-        ),
+        "boxes": region_boxes(sizes),
         "side": sizes["side"],
         "spatial_scale": sizes["width"] / LEVEL_PICTURE[0],
         "ratio": sizes["ratio"],
@@ -52,7 +50,10 @@ BENCHMARK = Benchmark(
     tiny=TINY_REGIONS,
     inputs=_inputs,
     output_shapes=_output_shapes,
-    providers=(Provider("torchvision", _torchvision), *package_providers(_package)),
+    providers=(
+        Provider("torchvision", _torchvision, cpu_note=original.ONE_THREAD),
+        *package_providers(_package),
+    ),
     function=_package,
     cost=roofline.roi_align,
     dtypes=("bfloat16", "float32"),

@@ -1,8 +1,9 @@
 """Bytes and FLOPs of each op, and what a device could make of them.
 
-The bytes are those that any implementation moves: inputs and weights read once, results written once. FLOPs are
-those of the matmul-shaped part. The floor is the longer of bytes / copy bandwidth and FLOPs / matmul rate; both
-rates are measured on the device in the same run (`measure_ceilings`), or are a vendor's for a prediction.
+The bytes are those that any implementation moves: inputs and weights read once, of maps the cells that boxes touch,
+results written once. FLOPs are those of the matmul-shaped part. The floor is the longer of bytes / bandwidth and
+FLOPs / matmul rate; both rates are measured on the device in the same run (`measure_ceilings`), or are a vendor's for
+a prediction. On a CPU inputs are not rotated, so a large cache may hold them and beat the floor, which is the memory's.
 """
 
 import math
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.boxes import pooled_cells, region_cells
 from benchmarks.shapes import Sizes, model_width, stage_shapes, token_width, tokens_of
+from benchmarks.timing import launched
 
-# `random_boxes` lie between two uniform corners: a third of each side on average, a ninth of the map.
-COVERED = 1 / 9
+# Calls behind a ceiling of a CPU; two measurements that differ by more than this factor are a machine's that does
+# something else, too.
+REPEATS, DRIFT = 10, 1.1
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of a device: bytes copied (read plus written) and FLOPs of a matmul, per second."""
+    """Rates of a device: bytes moved by a copy or a sum, whichever is faster, and FLOPs of a matmul, per second."""
 
     device: str
     bandwidth: float
@@ -73,17 +77,18 @@ def by_mode(forward: Cost, backward: Cost, mode: str) -> Cost:
 
 
 def pooled_roi_align(sizes: Sizes, dtype: torch.dtype, mode: str) -> Cost:
-    """Stage maps once, vectors once; a multiplication and an addition for each box, channel and cell in the box.
+    """The cells under boxes once, vectors once; a multiplication and an addition for each box, channel and its cells.
 
-    Backward the same the other way round.
+    Backward the same the other way round, but every gradient is written whole.
     """
     shapes = stage_shapes(sizes)
     maps = sum(math.prod(shape) for shape in shapes)
     boxes = sizes["images"] * sizes["boxes"]
     vectors = boxes * sum(shape[1] for shape in shapes)
-    # Without boxes nothing need be read, but the gradient of every map is still zeros to be written.
-    read = maps if boxes else 0
-    flops = int(2 * sizes["boxes"] * maps * COVERED)
+    read = flops = 0
+    for shape, (together, alone) in zip(shapes, pooled_cells(sizes), strict=True):
+        read += shape[1] * together
+        flops += 2 * shape[1] * alone
     coordinates = boxes * 5 * 4
     return by_mode(
         Cost((read + vectors) * dtype.itemsize + coordinates, flops),
@@ -93,11 +98,18 @@ def pooled_roi_align(sizes: Sizes, dtype: torch.dtype, mode: str) -> Cost:
 
 
 def roi_align(sizes: Sizes, dtype: torch.dtype, mode: str) -> Cost:
-    """The map once, the bins once. Its arithmetic is no matmul and small beside that: none is counted."""
-    cells = sizes["images"] * sizes["channels"] * sizes["height"] * sizes["width"]
+    """The sampled cells once, the bins once; backward the whole gradient.
+
+    Its arithmetic is no matmul and small beside that: none is counted.
+    """
+    cells = sizes["images"] * sizes["height"] * sizes["width"]
     bins = sizes["boxes"] * sizes["channels"] * sizes["side"] ** 2
-    moved = Cost((cells + bins) * dtype.itemsize + sizes["boxes"] * 5 * 4, 0)
-    return by_mode(moved, moved, mode)
+    coordinates = sizes["boxes"] * 5 * 4
+    forward, backward = (
+        Cost((count * sizes["channels"] + bins) * dtype.itemsize + coordinates, 0)
+        for count in (region_cells(sizes), cells)
+    )
+    return by_mode(forward, backward, mode)
 
 
 def _conv_gate_weights(sizes: Sizes) -> int:
@@ -141,26 +153,44 @@ def projectors(sizes: Sizes, dtype: torch.dtype, mode: str) -> Cost:
 
 
 def neck(sizes: Sizes, dtype: torch.dtype, mode: str) -> Cost:
-    """All arithmetic of its parts; what one part hands to the next is not counted as moved."""
-    parts = [part(sizes, dtype, mode) for part in (conv_gate, pooled_roi_align, projectors)]
-    images, tokens = sizes["images"], sizes["images"] * tokens_of(sizes)
-    high = stage_shapes(sizes)[-1]
-    boxes = images * sizes["boxes"]
-    # The fused tokens are written and read, the vectors too, and the last stage is read by two parts.
-    handed = 2 * tokens * token_width(sizes) + 2 * boxes * sum(shape[1] for shape in stage_shapes(sizes))
-    handed += math.prod(high) if boxes else 0
-    passes = {"forward": 1, "backward": 1, "both": 2}[mode]
-    moved = sum(part.bytes for part in parts) - passes * handed * dtype.itemsize
-    return Cost(moved, sum(part.flops for part in parts))
+    """All arithmetic of its parts; what one part hands to the next is not counted as moved.
+
+    Backward: the gradients of the weights, for both towers are frozen.
+    """
+    parts = [part(sizes, dtype, "forward") for part in (conv_gate, pooled_roi_align, projectors)]
+    tokens, boxes = sizes["images"] * tokens_of(sizes), sizes["images"] * sizes["boxes"]
+    low, high, out = token_width(sizes), stage_shapes(sizes)[-1][1], model_width(sizes)
+    channels = sum(shape[1] for shape in stage_shapes(sizes))
+    # The fused tokens are written and read, the vectors too, and cells of the last stage are read by two parts.
+    handed = 2 * tokens * low + 2 * boxes * channels + high * pooled_cells(sizes)[-1][0]
+    forward = Cost(
+        sum(part.bytes for part in parts) - handed * dtype.itemsize, sum(part.flops for part in parts)
+    )
+    # A matmul for each weight, and one for the input of each layer that has another before it.
+    flops = 2 * tokens * (high * high + 2 * high * low + 2 * low * low + 49 * low + 2 * out * (low + out))
+    flops += 2 * boxes * out * (channels + 2 * out)
+    # Read: the inputs, what layers kept (vectors, fused tokens, inputs of the GELUs) and the results' gradients.
+    moved = tokens * (2 * low + high + 2 * out) + boxes * (channels + 2 * out)
+    sets = [width for count, width in _projector_sets(sizes) if count]
+    written = _conv_gate_weights(sizes) + sum(out * (width + out) for width in sets)
+    read = high * low + low * low + low * out + len(sets) * out * out
+    return by_mode(forward, Cost((moved + read + written) * dtype.itemsize, flops), mode)
 
 
 def measure_ceilings(device: torch.device, dtypes: list[torch.dtype], name: str) -> Ceilings:
-    """Copy bandwidth and matmul rate of each dtype on `device`, now. Takes about a second."""
+    """Bandwidth and matmul rate of each dtype on `device`, now. Takes about two seconds.
+
+    The bandwidth is that of a copy (read plus written) or of a sum (read), whichever is more: what mostly reads can
+    beat a copy, which on a CPU reads what it overwrites, too.
+    """
     on_gpu = device.type == "cuda"
     source = torch.empty((1 << 30) if on_gpu else (1 << 28), dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
-    seconds = _best_seconds(lambda: target.copy_(source), device)
-    bandwidth = 2 * source.nbytes / seconds
+    numbers = source.view(torch.float32)
+    bandwidth = max(
+        2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device),
+        source.nbytes / _best_seconds(numbers.sum, device),
+    )
     side = 8192 if on_gpu else 2048
     rates = {}
     for dtype in dtypes:
@@ -170,20 +200,26 @@ def measure_ceilings(device: torch.device, dtypes: list[torch.dtype], name: str)
     return Ceilings(name, bandwidth, rates, "measured in the same run")
 
 
-def _best_seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+def drift(before: Ceilings, after: Ceilings) -> str | None:
+    """In words, how far two measurements of one device are apart, if that is too far to rely on either."""
+    pairs = [("bandwidth", before.bandwidth, after.bandwidth)]
+    pairs += [(f"{name} matmuls", rate, after.matmul[name]) for name, rate in before.matmul.items()]
+    apart = [
+        f"{name} {old / 1e9:,.1f}, then {new / 1e9:,.1f} G/s"
+        for name, old, new in pairs
+        if max(old, new) > DRIFT * min(old, new)
+    ]
+    return ", ".join(apart) or None
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
     """The shortest of a few calls: a ceiling is what the device can do."""
+    if device.type == "cuda":
+        return min(launched([call], budget=1.0))
     call()
     best = math.inf
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            best = min(best, start.elapsed_time(end) / 1e3)
-        else:
-            begin = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - begin)
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - begin)
     return best

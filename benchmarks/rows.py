@@ -1,9 +1,11 @@
 """The rows of benchmarks/results: one JSON object a line, one file per op and kind of device."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,17 +56,27 @@ class Row:
     reference: str | None = None
     """What the results were compared with."""
     error: float | None = None
-    """The largest ‖actual − expected‖ / ‖expected‖ of all results."""
+    """‖actual − expected‖ / ‖expected‖ of the result that comes nearest to its tolerance."""
     tolerance: float | None = None
-    """What the error may be."""
+    """What that error may be: twice the baseline's in the same dtype, the dtype's own precision at least."""
     wrong: bool = False
     """The error is above the tolerance, so the provider was not timed."""
     floor_ms: float | None = None
-    """What the device's own copy bandwidth and matmul rate allow (`roofline.py`)."""
+    """What the device's own bandwidth and matmul rate allow (`roofline.py`)."""
     share: float | None = None
-    """`floor_ms` / median: 1 is as fast as the device can be."""
+    """`floor_ms` / median. On a CPU, whose cache may hold the inputs, it can exceed 1."""
+    bytes: int | None = None
+    """What the case cannot do without moving (`roofline.py`)."""
+    flops: int | None = None
+    """What the case cannot do without computing."""
+    bandwidth: float | None = None
+    """Measured bytes per second, read or copied, whichever is more."""
+    matmul_rate: float | None = None
+    """Measured FLOP per second of a large matmul in this dtype."""
     reason: str | None = None
     """Why there are no times."""
+    note: str | None = None
+    """What the numbers should be read with."""
     details: dict[str, float] = field(default_factory=dict)
     """Further numbers of one benchmark, such as `tokens_per_second`."""
 
@@ -112,6 +124,25 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
     partial.write_text("".join(lines), encoding="utf-8")
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else measures into this folder meanwhile: times would disturb each other, and rows get lost.
+
+    Raises:
+        RuntimeError: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{folder}: another run is writing here; wait for it, or stop it") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def add(new: Iterable[Row], folder: Path = RESULTS) -> None:

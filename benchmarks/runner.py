@@ -1,9 +1,12 @@
 """One case after the other: check, time, memory, rows."""
 
 import datetime
+import functools
+import hashlib
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -13,7 +16,7 @@ import torch
 
 from benchmarks import memory, timing
 from benchmarks.benchmark import Benchmark, Problem, Provider, forget_compilations, make_call, make_problem
-from benchmarks.check import WrongResult, check, expected, tolerance
+from benchmarks.check import Standard, WrongResult, checked_mode, standard
 from benchmarks.roofline import Ceilings
 from benchmarks.rows import Row
 from benchmarks.shapes import Case
@@ -21,9 +24,9 @@ from mgllava_kernels.tune import conditions as gpu_conditions
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "torchvision", "transformers")
-# What a commit must have changed to be another version of the code.
-CODE = ("mgllava", "mgllava_kernels", "benchmarks", ":!benchmarks/results")
 OURS = ("torch", "triton", "mgllava")
+# How the reason of a row begins whose provider took the GPU's context with it: it is not tried again.
+LOST = "failed, and no other call of the process after it could run: "
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,14 @@ class Conditions:
     kind: str
     device_name: str
     versions: dict[str, str]
-    commit: str | None
+
+
+class DeviceLost(Exception):
+    """After an error such as an illegal memory access every call of this process to CUDA fails."""
 
 
 def current_conditions(device: torch.device) -> Conditions:
-    """Of this machine and this checkout."""
+    """Of this machine."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -67,7 +73,7 @@ def current_conditions(device: torch.device) -> Conditions:
             versions["driver"] = driver
     else:
         kind, name = "cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return Conditions(device, kind, name, versions, current_commit())
+    return Conditions(device, kind, name, versions)
 
 
 def _cpu_name() -> str:
@@ -77,15 +83,28 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def current_commit() -> str | None:
-    """The last commit that changed the code, with `-dirty` if files differ from it.
+@functools.cache
+def current_commit(code: tuple[str, ...]) -> str:
+    """The last commit that changed `code` (git's pathspecs), with `-dirty` if files differ from it.
 
-    Without a git checkout it is what the environment variable GIT_COMMIT says, or None.
+    Without a git checkout it is what the environment variable GIT_COMMIT says, or `files-` and a hash of the files.
     """
-    commit = _git("log", "-1", "--format=%h", "--", *CODE)
-    if not commit:
-        return os.environ.get("GIT_COMMIT") or None
-    return commit + "-dirty" if _git("status", "--porcelain", "--", *CODE) else commit
+    commit = _git("log", "-1", "--format=%h", "--", *code)
+    if commit:
+        return commit + "-dirty" if _git("status", "--porcelain", "--", *code) else commit
+    return os.environ.get("GIT_COMMIT") or f"files-{_hash_of(code)}"
+
+
+def _hash_of(code: Sequence[str]) -> str:
+    """Of the Python and JSON files that pathspecs choose."""
+    without = [ROOT / one.removeprefix(":!") for one in code if one.startswith(":!")]
+    digest = hashlib.sha256()
+    for folder in sorted(one for one in code if not one.startswith(":!")):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix not in (".py", ".json") or any(path.is_relative_to(one) for one in without):
+                continue
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _git(*arguments: str) -> str | None:
@@ -96,26 +115,42 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What checking a provider brought: its error and tolerance, or why it is not timed; seconds of the call."""
+
+    seconds: float
+    error: float | None = None
+    tolerance: float | None = None
+    wrong: bool = False
+    reason: str | None = None
+
+    def into(self, row: Row) -> Row:
+        return replace(row, error=self.error, tolerance=self.tolerance, wrong=self.wrong, reason=self.reason)
+
+
 class Runner:
     """Measures jobs on one device.
 
     Args:
         conditions: where and with what.
-        ceilings: rates of the device.
+        ceilings: rates of the device; None for benchmarks without a floor.
         budget: seconds for the timing of one job; the slowest provider still gets its smallest number of rounds.
         by_name: providers that were asked for by name.
-        with_memory: also measure peak memory (on a CPU each provider then runs in a process of its own).
+        with_memory: also measure peak memory (on a CPU most providers then run in a process of their own).
         tell: gets a word on what is going on.
+        write: gets each row as soon as it is complete.
     """
 
     def __init__(
         self,
         conditions: Conditions,
-        ceilings: Ceilings,
+        ceilings: Ceilings | None,
         budget: float,
         by_name: Sequence[str] = (),
         with_memory: bool = True,
         tell: Callable[[str], object] = lambda _: None,
+        write: Callable[[Row], object] = lambda _: None,
     ) -> None:
         self.conditions = conditions
         self.ceilings = ceilings
@@ -123,33 +158,79 @@ class Runner:
         self.by_name = tuple(by_name)
         self.with_memory = with_memory
         self.tell = tell
+        self.write = write
+        # Of the last problem: what it is held to and who passed. Modes with gradients are checked alike.
+        self._key: object = None
+        self._standard: Standard | None = None
+        self._outcomes: dict[str, Outcome] = {}
 
     def measure(self, job: Job) -> list[Row]:
-        """The rows of one job: every provider, timed or with the reason why not."""
+        """The rows of one job, all with one `run`: every provider, timed or with the reason why not.
+
+        Raises:
+            DeviceLost: a provider made the GPU unusable for this process; its row says so.
+        """
         device, dtype = self.conditions.device, getattr(torch, job.dtype)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        rows = {provider.name: self._blank(job, provider, now) for provider in job.providers}
+        blank = {provider.name: self._blank(job, provider, now) for provider in job.providers}
         free = memory.available(device)
+        rows: list[Row] = []
         able = []
         for provider in job.providers:
-            reason = provider.obstacle(device, job.dtype, job.mode, provider.name in self.by_name)
-            reason = reason or memory.refusal(provider, job.case.sizes, dtype, job.mode, free)
+            reason = reason_now(job, provider, self.conditions, self.by_name, free)
             if reason is None:
                 able.append(provider)
             else:
-                rows[provider.name] = replace(rows[provider.name], reason=reason)
-        if able:
-            problem = make_problem(job.benchmark, job.case.sizes, dtype, device)
-            right = self._check(job, problem, able, rows)
-            measured = self._on_gpu(job, problem, right, rows) if device.type == "cuda" else None
-            if measured is not None:
-                return measured
-            self._on_cpu(job, problem, right, rows)
-        return list(rows.values())
+                self._put(rows, replace(blank[provider.name], reason=reason))
+        # What compiles for a minute comes last: a run that is stopped has the others.
+        able.sort(key=lambda provider: provider.compiled)
+        try:
+            if able:
+                self.tell("inputs and reference")
+                problem = make_problem(job.benchmark, job.case.sizes, dtype, device)
+                held_to = self._standard_of(job, problem, able, blank, rows)
+                measure = self._on_gpu if device.type == "cuda" else self._on_cpu
+                measure(job, problem, held_to, able, blank, rows)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            # Of the inputs or the reference: nobody can be measured.
+            lost = self._is_lost()
+            for name in [one.name for one in able if one.name not in {row.provider for row in rows}]:
+                reason = LOST + _line(error) if lost else _failure(error)
+                self._put(rows, replace(blank[name], reason=reason))
+            if lost:
+                raise DeviceLost(f"{job.name}: {_line(error)}") from error
+        finally:
+            forget_compilations()
+            if device.type == "cuda":
+                _quietly(torch.cuda.empty_cache)
+        order = [provider.name for provider in job.providers]
+        return sorted(rows, key=lambda row: order.index(row.provider))
+
+    def _put(self, rows: list[Row], row: Row) -> None:
+        rows.append(row)
+        self.write(row)
+
+    def _put_failure(self, rows: list[Row], row: Row, error: Exception) -> None:
+        """The row of a provider that raised.
+
+        Raises:
+            DeviceLost: it took the GPU's context with it.
+        """
+        if not self._is_lost():
+            self._put(rows, replace(row, reason=_failure(error)))
+            return
+        self._put(rows, replace(row, reason=LOST + _line(error)))
+        name = f"{row.op}, {row.case}, {row.dtype}, {row.mode}, {row.provider}"
+        raise DeviceLost(f"{name}: {_line(error)}") from error
+
+    def _is_lost(self) -> bool:
+        return self.conditions.device.type == "cuda" and not _quietly(torch.cuda.synchronize)
 
     def _blank(self, job: Job, provider: Provider, run: str) -> Row:
-        sizes, dtype, cost = job.case.sizes, getattr(torch, job.dtype), job.benchmark.cost
-        return Row(
+        sizes, dtype = job.case.sizes, getattr(torch, job.dtype)
+        row = Row(
             op=job.benchmark.name,
             kind=self.conditions.kind,
             device=self.conditions.device_name,
@@ -160,93 +241,213 @@ class Runner:
             provider=provider.name,
             launch="eager",
             versions=self.conditions.versions,
-            commit=self.conditions.commit,
+            commit=current_commit(job.benchmark.code),
             run=run,
             origin=job.case.origin,
-            tolerance=tolerance(job.benchmark, dtype, job.mode),
-            floor_ms=None
-            if cost is None
-            else self.ceilings.floor_ms(cost(sizes, dtype, job.mode), job.dtype),
+            note=provider.cpu_note if self.conditions.kind == "cpu" else None,
+        )
+        if job.benchmark.cost is None or self.ceilings is None:
+            return row
+        cost = job.benchmark.cost(sizes, dtype, job.mode)
+        return replace(
+            row,
+            floor_ms=self.ceilings.floor_ms(cost, job.dtype),
+            bytes=cost.bytes,
+            flops=cost.flops,
+            bandwidth=self.ceilings.bandwidth,
+            matmul_rate=self.ceilings.matmul[job.dtype],
         )
 
-    def _check(
-        self, job: Job, problem: Problem, providers: Sequence[Provider], rows: dict[str, Row]
-    ) -> list[Provider]:
-        """The providers whose results are right; the rows of the others say what is wrong."""
-        self.tell("reference")
-        reference, name = expected(job.benchmark, job.case.sizes, problem, job.mode)
-        right = []
-        for provider in providers:
-            self.tell(f"checking {provider.name}")
-            row = replace(rows[provider.name], reference=name)
+    def _standard_of(
+        self, job: Job, problem: Problem, able: Sequence[Provider], blank: dict[str, Row], rows: list[Row]
+    ) -> Standard:
+        mode = checked_mode(job.mode)
+        key = (job.benchmark.name, job.case.name, job.dtype, mode)
+        if self._standard is not None and self._key == key:
+            return self._standard
+        self._key = self._standard = None
+        self._outcomes = {}
+        first = job.benchmark.providers[0]
+        arguments = (job.benchmark, job.case.sizes, problem, mode)
+        made = None
+        if first in able:
             try:
-                row = replace(
-                    row, error=check(job.benchmark, provider.function, problem, job.mode, reference)
-                )
-                right.append(provider)
+                made = standard(*arguments, first.function)
+            except Exception as error:
+                # Unless the GPU is gone, its own check says it once more.
+                if self._is_lost():
+                    self._put_failure(rows, blank[first.name], error)
+        if made is None:
+            made = standard(*arguments)
+        elif not first.compiled:
+            try:
+                error, allowed = made.judge_baseline()
+                self._outcomes[first.name] = Outcome(made.baseline_seconds, error, allowed)
             except WrongResult as wrong:
-                row = replace(row, error=wrong.error, wrong=True, reason=str(wrong))
-            except RuntimeError as error:
-                row = replace(row, reason=_failure(error))
-            rows[provider.name] = row
-        return right
+                self._outcomes[first.name] = _wrong(made.baseline_seconds, wrong)
+        self._key, self._standard = key, made
+        return made
+
+    def _checked(self, job: Job, problem: Problem, held_to: Standard, provider: Provider) -> Outcome:
+        """Whether a provider's results are right.
+
+        Raises:
+            Exception: it does not run.
+        """
+        if provider.name in self._outcomes:
+            return self._outcomes[provider.name]
+        self.tell(f"checking {provider.name}")
+        begin = time.perf_counter()
+        results = make_call(provider.function, problem, checked_mode(job.mode))()
+        seconds = time.perf_counter() - begin
+        try:
+            error, allowed = held_to.judge(results, provider.leniency)
+            outcome = Outcome(seconds, error, allowed)
+        except WrongResult as wrong:
+            outcome = _wrong(seconds, wrong)
+        # Compiled code is forgotten at the end of a job: another mode compiles, and warms up, anew.
+        if not provider.compiled:
+            self._outcomes[provider.name] = outcome
+        return outcome
 
     def _on_cpu(
-        self, job: Job, problem: Problem, providers: Sequence[Provider], rows: dict[str, Row]
+        self,
+        job: Job,
+        problem: Problem,
+        held_to: Standard,
+        providers: Sequence[Provider],
+        blank: dict[str, Row],
+        rows: list[Row],
     ) -> None:
+        right: dict[str, Row] = {}
+        calls: dict[str, timing.Call] = {}
+        for provider in providers:
+            row = replace(blank[provider.name], reference=held_to.source)
+            try:
+                outcome = self._checked(job, problem, held_to, provider)
+                row = outcome.into(row)
+                if outcome.reason is None:
+                    call = make_call(provider.function, problem, job.mode)
+                    slow = self.with_memory and outcome.seconds > timing.SLOW_SECONDS
+                    calls[provider.name] = memory.Watched(call) if slow else call
+            except Exception as error:
+                row = replace(row, reason=_failure(error))
+            if row.reason is None:
+                right[provider.name] = row
+            else:
+                self._put(rows, row)
         self.tell("timing")
-        calls = {one.name: make_call(one.function, problem, job.mode) for one in providers}
-        for name, seconds in (timing.in_rounds(calls, self.budget) if calls else {}).items():
-            rows[name] = _timed(job, rows[name], seconds)
-        del calls
-        for provider in providers if self.with_memory else ():
-            self.tell(f"memory of {provider.name}")
-            extra = memory.apart(job.benchmark.name, provider.name, job.case.sizes, job.dtype, job.mode)
-            rows[provider.name] = replace(rows[provider.name], extra_bytes=extra)
-        forget_compilations()
+        failures: dict[str, Exception] = {}
+
+        def in_rounds() -> timing.Times:
+            times, failed = timing.in_rounds(
+                {name: call for name, call in calls.items() if name not in failures}, self.budget
+            )
+            failures.update(failed)
+            return times
+
+        times = timing.quietest(in_rounds, self.budget)
+        for name, row in right.items():
+            if name in failures or name not in times:
+                self._put(rows, replace(row, reason=_failure(failures[name])))
+            else:
+                right[name] = _timed(job, row, times[name])
+                self.write(right[name])  # its memory is still to come, which may end this process
+        watched = {name: call for name, call in calls.items() if isinstance(call, memory.Watched)}
+        calls.clear()
+        for name, row in right.items():
+            if row.milliseconds is None:
+                continue
+            if name in watched:
+                row = replace(row, extra_bytes=watched[name].extra_bytes)
+            elif self.with_memory:
+                self.tell(f"memory of {name}")
+                try:
+                    extra = memory.apart(job.benchmark.name, name, job.case.sizes, job.dtype, job.mode)
+                    row = replace(row, extra_bytes=extra)
+                except RuntimeError as error:
+                    row = _noted(row, str(error))
+            self._put(rows, row)
 
     def _on_gpu(
-        self, job: Job, problem: Problem, providers: Sequence[Provider], rows: dict[str, Row]
-    ) -> list[Row]:
-        """Two rows for each provider: launched by the host and inside a CUDA graph."""
+        self,
+        job: Job,
+        problem: Problem,
+        held_to: Standard,
+        providers: Sequence[Provider],
+        blank: dict[str, Row],
+        rows: list[Row],
+    ) -> None:
+        """Two rows for each provider: launched by the host and, if it can be held by one, inside a CUDA graph."""
         device, dtype = self.conditions.device, getattr(torch, job.dtype)
         sets = timing.number_of_sets(problem.nbytes, torch.cuda.get_device_properties(device).L2_cache_size)
         problems = [problem]
         problems += [
             make_problem(job.benchmark, job.case.sizes, dtype, device, seed) for seed in range(1, sets)
         ]
-        results = [row for name, row in rows.items() if name not in {one.name for one in providers}]
         for provider in providers:
-            row = rows[provider.name]
+            row = replace(blank[provider.name], reference=held_to.source)
 
             def make_calls(provider: Provider = provider) -> list[timing.Call]:
                 return [make_call(provider.function, one, job.mode) for one in problems]
 
-            try:
-                self.tell(f"memory of {provider.name}")
-                calls = make_calls()
-                row = replace(row, extra_bytes=memory.on_gpu(calls[0])) if self.with_memory else row
-                self.tell(f"timing {provider.name}")
-                results.append(_timed(job, row, timing.launched(calls, self.budget)))
-                del calls
-            except RuntimeError as error:
-                results.append(replace(row, reason=_failure(error)))
-                continue
-            row = replace(row, launch="graph")
-            try:
-                self.tell(f"timing {provider.name} in a CUDA graph")
-                results.append(_timed(job, row, timing.replayed(make_calls, self.budget)))
-            except RuntimeError as error:
-                results.append(replace(row, reason=_failure(error)))
-        forget_compilations()
-        torch.cuda.empty_cache()
-        return results
+            def verify(results: Sequence[torch.Tensor], provider: Provider = provider) -> None:
+                held_to.judge(results, provider.leniency)
+
+            launches = ("eager", "graph") if job.benchmark.graph else ("eager",)
+            for launch in launches:
+                row = replace(row, launch=launch)
+                try:
+                    if launch == "eager":
+                        row = self._checked(job, problem, held_to, provider).into(row)
+                        if row.reason is not None:
+                            self._put(rows, row)
+                            break
+                        self.tell(f"timing {provider.name}")
+                        calls = make_calls()
+                        if self.with_memory:
+                            row = replace(row, extra_bytes=memory.on_gpu(calls[0]))
+                        measure = functools.partial(timing.launched, calls, self.budget)
+                    else:
+                        self.tell(f"timing {provider.name} in a CUDA graph")
+                        measure = functools.partial(timing.replayed, make_calls, self.budget, verify)
+                    times = timing.quietest(lambda measure=measure: {"": measure()}, self.budget)
+                    self._put(rows, _timed(job, row, times[""]))
+                except WrongResult as wrong:
+                    self._put(rows, _wrong(0.0, wrong).into(row))
+                except Exception as error:
+                    self._put_failure(rows, row, error)
+                    if launch == "eager":
+                        break
+                finally:
+                    calls = []
 
 
-def _failure(error: RuntimeError) -> str:
-    """One line on why a provider failed."""
+def _wrong(seconds: float, wrong: WrongResult) -> Outcome:
+    return Outcome(seconds, wrong.error, wrong.tolerance, wrong=True, reason=str(wrong))
+
+
+def _noted(row: Row, text: str) -> Row:
+    return replace(row, note=text if row.note is None else f"{row.note}; {text}")
+
+
+def _quietly(call: Callable[[], object]) -> bool:
+    """Whether a call to CUDA succeeded."""
+    try:
+        call()
+    except Exception:
+        return False
+    return True
+
+
+def _failure(error: Exception) -> str:
+    return f"failed: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    """One line on what was raised."""
     lines = str(error).strip().splitlines() or [""]
-    return f"failed: {type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _timed(job: Job, row: Row, seconds: Sequence[float]) -> Row:
@@ -256,7 +457,9 @@ def _timed(job: Job, row: Row, seconds: Sequence[float]) -> Row:
     if job.benchmark.rate is not None:
         name, count = job.benchmark.rate
         details[name] = count(job.case.sizes) / (milliseconds["median"] / 1e3)
-    return replace(row, milliseconds=milliseconds, samples=len(seconds), share=share, details=details)
+    row = replace(row, milliseconds=milliseconds, samples=len(seconds), share=share, details=details)
+    spread = timing.spread(seconds)
+    return row if spread <= timing.NOISY else _noted(row, f"noisy: p80 / p20 is {spread:.1f}")
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
@@ -267,23 +470,71 @@ def problems(rows: Sequence[Row]) -> list[str]:
     return [f"{row.op}, {row.case}, {row.dtype}, {row.mode}, {row.provider}: {row.reason}" for row in failed]
 
 
-def is_measured(job: Job, conditions: Conditions, stored: Sequence[Row]) -> bool:
-    """Whether every provider of a job has a row of this device, these versions and this commit."""
-    found = {
-        row.provider
+def reason_now(
+    job: Job, provider: Provider, conditions: Conditions, by_name: Sequence[str], free: int | None
+) -> str | None:
+    """Why a provider is not started, with `free` bytes of memory, or None."""
+    reason = provider.obstacle(conditions.device, job.dtype, job.mode, provider.name in by_name)
+    return reason or memory.refusal(provider, job.case.sizes, getattr(torch, job.dtype), job.mode, free)
+
+
+def is_measured(job: Job, conditions: Conditions, stored: Sequence[Row], by_name: Sequence[str] = ()) -> bool:
+    """Whether each provider has times of this device, these versions and this code, or what kept it from running then
+    still does. What failed is tried again, save what took the device with it."""
+    found: dict[str, list[Row]] = {}
+    for row in _rows_of(job, conditions, stored):
+        found.setdefault(row.provider, []).append(row)
+    free = memory.available(conditions.device)
+    return all(
+        _is_settled(
+            found.get(provider.name, []),
+            reason_now(job, provider, conditions, by_name, free),
+            failures_count=provider.name in OURS,
+        )
+        for provider in job.providers
+    )
+
+
+def without_lost(job: Job, conditions: Conditions, stored: Sequence[Row]) -> Job:
+    """A job without the providers that took the device with them when it was measured before."""
+    rows = _rows_of(job, conditions, stored)
+    lost = {row.provider for row in rows if (row.reason or "").startswith(LOST)}
+    return replace(job, providers=tuple(one for one in job.providers if one.name not in lost))
+
+
+def _rows_of(job: Job, conditions: Conditions, stored: Sequence[Row]) -> list[Row]:
+    """Those of a job that were measured here, with this code."""
+    case = (job.benchmark.name, job.case.name, job.case.sizes, job.dtype, job.mode)
+    here = (conditions.device_name, conditions.versions, current_commit(job.benchmark.code))
+    return [
+        row
         for row in stored
-        if (row.op, row.case, row.shape, row.dtype, row.mode)
-        == (job.benchmark.name, job.case.name, job.case.sizes, job.dtype, job.mode)
-        and (row.device, row.versions, row.commit)
-        == (conditions.device_name, conditions.versions, conditions.commit)
-        and not row.wrong
-    }
-    return found >= {provider.name for provider in job.providers}
+        if (row.op, row.case, row.shape, row.dtype, row.mode) == case
+        and (row.device, row.versions, row.commit) == here
+    ]
+
+
+def _is_settled(rows: Sequence[Row], reason: str | None, failures_count: bool) -> bool:
+    """Whether the rows of a provider, whom `reason` keeps from running now, are all there is to know."""
+    reasons = [row.reason for row in rows if row.reason is not None]
+    if any(one.startswith(LOST) for one in reasons):
+        return True
+    if any(row.wrong for row in rows) or (
+        failures_count and any(one.startswith("failed") for one in reasons)
+    ):
+        return False
+    # How much memory is free changes, and does not matter while it is too little.
+    kept = reason is not None and any(_standing(one) == _standing(reason) for one in reasons)
+    return kept or any(row.milliseconds is not None for row in rows)
+
+
+def _standing(reason: str) -> str:
+    return reason.partition(";")[0]
 
 
 # Rough rates of two cores, to say beforehand how long a run takes: memory-bound and matmul-shaped work; what a
-# scaled-down model computes.
-CPU_BYTES, CPU_FLOPS, MODEL_FLOPS = 0.7e9, 1e11, 2e11
+# scaled-down model computes; the reference in float64.
+CPU_BYTES, CPU_FLOPS, MODEL_FLOPS, REFERENCE_BYTES = 0.7e9, 1e11, 2e11, 0.5e9
 PROCESS_SECONDS, GPU_JOB_SECONDS, GPU_COMPILE_SECONDS = 5.0, 6.0, 60.0
 
 
@@ -291,19 +542,23 @@ def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memo
     """About how long a job takes."""
     dtype = getattr(torch, job.dtype)
     if conditions.device.type == "cuda":
-        compiled = sum(provider.gpu_only is not None for provider in job.providers)
-        return GPU_JOB_SECONDS + GPU_COMPILE_SECONDS * compiled
+        return GPU_JOB_SECONDS + GPU_COMPILE_SECONDS * sum(provider.compiled for provider in job.providers)
     sizes = job.case.sizes
     free = memory.available(conditions.device)
     cost = job.benchmark.cost
     flops = MODEL_FLOPS if cost is None else cost(sizes, dtype, job.mode).flops
-    total = round_seconds = 0.0
+    rounds = total = 0.0
+    moved = 0
     for provider in job.providers:
-        if provider.needs_gpu or provider.gpu_only or memory.refusal(provider, sizes, dtype, job.mode, free):
+        if provider.needs_gpu or provider.gpu_only:
             continue
-        moved = provider.extra_bytes(sizes, dtype, job.mode) if provider.extra_bytes is not None else 0
-        once = moved / CPU_BYTES + flops / CPU_FLOPS
-        round_seconds += once
-        total += once + (once + PROCESS_SECONDS if with_memory else 0)
-    reference = round_seconds
-    return total + reference + max(budget, timing.MIN_ROUNDS * round_seconds)
+        own = provider.extra_bytes(sizes, dtype, job.mode) if provider.extra_bytes is not None else 0
+        moved = max(moved, own)
+        if memory.refusal(provider, sizes, dtype, job.mode, free):
+            continue
+        once = own / CPU_BYTES + flops / CPU_FLOPS
+        slow = once > timing.SLOW_SECONDS
+        rounds += once * (timing.SLOW_ROUNDS if slow else timing.MIN_ROUNDS)
+        total += once + (once + PROCESS_SECONDS if with_memory and not slow else 0)
+    reference = moved / REFERENCE_BYTES + 3 * flops / CPU_FLOPS
+    return total + reference + max(budget, rounds)

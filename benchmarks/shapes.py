@@ -74,6 +74,7 @@ def _picture_case(
     modes: tuple[str, ...] = ALL_MODES,
     quick: bool = False,
     gpu_only: bool = False,
+    nchw: bool = False,
 ) -> Case:
     name = _counted(images, "picture", "pictures")
     if boxes is not None:
@@ -81,11 +82,16 @@ def _picture_case(
     if canvas != PICTURE:
         name += f", {canvas} px"
     sizes = {"images": images, "boxes": boxes or 0, "canvas": canvas}
+    if nchw:
+        name, sizes["nchw"] = f"{name}, NCHW maps", 1
     return Case(name, sizes, PUBLISHED, modes, quick, gpu_only)
 
 
 def _with_curves(*, boxes: bool) -> tuple[Case, ...]:
-    """The published sizes and the growth curves; of ops without boxes (`boxes` False) those without them."""
+    """The published sizes and the growth curves; of ops without boxes (`boxes` False) those without them.
+
+    Maps are channels_last, as ConvNeXt leaves them; on a GPU also NCHW, as another tower may.
+    """
     forward = ("forward",)
     if boxes:
         cases = [
@@ -98,6 +104,7 @@ def _with_curves(*, boxes: bool) -> tuple[Case, ...]:
     cases += [_picture_case(count, few, modes=forward) for count in PICTURE_COUNTS if count > 1]
     cases += [_picture_case(1, few, canvas, forward) for canvas in CANVASES if canvas != PICTURE]
     cases += [_picture_case(count, many, gpu_only=boxes or count > 16) for count in (8, 32)]
+    cases.append(_picture_case(8, many, modes=forward, gpu_only=True, nchw=True))
     return _distinct(cases)
 
 

@@ -1,19 +1,31 @@
-"""Times of calls: in rounds on a CPU; with rotating inputs, launched and inside a CUDA graph, on a GPU."""
+"""Times of calls: in rounds on a CPU; with rotating inputs, launched and inside a CUDA graph, on a GPU.
+
+On a GPU this is what `triton.testing.do_bench` and `do_bench_cudagraph` do (events, a warm-up by time, medians), but
+over several sets of inputs: do_bench empties the L2 cache by writing to it, which a graph cannot do between its
+calls, and a call would find the cache full of lines to be written back.
+"""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 Call = Callable[[], object]
+# Seconds of each call by name.
+Times = dict[str, list[float]]
 
 # Fewer than three times have no quantiles worth the name, more than a hundred no news.
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
-# On a GPU: samples; milliseconds of one sample of graph replays, long beside the half microsecond that events
-# resolve; milliseconds of all launched calls, and how many they may be.
-SAMPLES, GRAPH_SAMPLE_MS, EAGER_MS, MAX_LAUNCHES = 31, 1.0, 200.0, 1000
+# Calls longer than this many seconds get two rounds: whatever else the machine does averages out in them.
+SLOW_SECONDS, SLOW_ROUNDS = 20.0, 2
+# Times with p80 / p20 above this are noise; how often is tried to get better ones.
+NOISY, ATTEMPTS = 1.3, 3
+# On a GPU: samples; milliseconds of a graph, long beside the gap between two; of calls before the first sample, for
+# clocks take their time; of all launched calls, and how many they may be.
+SAMPLES, GRAPH_MS, WARM_UP_MS, EAGER_MS, MAX_LAUNCHES = 31, 1.0, 50.0, 200.0, 1000
 # Sets of inputs for one call: as many as exceed the L2 cache twice, at most these.
 MAX_SETS = 64
 
@@ -32,27 +44,63 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {name: value * 1e3 for name, value in (named | {"max": values[-1]}).items()}
 
 
+def spread(seconds: Sequence[float]) -> float:
+    """p80 / p20: 1 on a quiet machine."""
+    found = quantiles(seconds)
+    return found["p80"] / found["p20"] if found["p20"] else 1.0
+
+
+def quietest(
+    measure: Callable[[], Times], budget: float, clock: Callable[[], float] = time.perf_counter
+) -> Times:
+    """What `measure` returns; if that spreads too far, the calmest of up to three attempts.
+
+    An attempt that took more than twice the budget is not repeated: it is minutes of slow calls.
+    """
+    attempts: list[Times] = []
+    for _ in range(ATTEMPTS):
+        begin = clock()
+        attempts.append(measure())
+        if _widest(attempts[-1]) <= NOISY or clock() - begin > 2 * budget:
+            break
+    return min(attempts, key=_widest)
+
+
+def _widest(times: Times) -> float:
+    return max((spread(seconds) for seconds in times.values()), default=1.0)
+
+
 def in_rounds(
     calls: Mapping[str, Call],
     budget: float,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Seconds of each call on a CPU, all calls in turn, until `budget` seconds are spent.
+) -> tuple[Times, dict[str, Exception]]:
+    """Seconds of each call on a CPU, all calls in turn, until `budget` seconds are spent; and what calls raised.
 
     Whatever else the machine does then falls on all of them, so their ratios hold. Every other round goes
-    backwards, so that no call always follows the same one.
+    backwards, so that no call always follows the same one. A call that raises has no times and gets no more turns.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: Times = {name: [] for name in calls}
+    failures: dict[str, Exception] = {}
     begin = clock()
     for round_number in range(MAX_ROUNDS):
-        names = list(calls) if round_number % 2 == 0 else list(reversed(calls))
-        for name in names:
+        names = [name for name in seconds if not _is_done(seconds[name])]
+        for name in names if round_number % 2 == 0 else reversed(names):
             start = clock()
-            calls[name]()
-            seconds[name].append(clock() - start)
+            try:
+                calls[name]()
+            except Exception as error:
+                failures[name] = error
+                del seconds[name]
+            else:
+                seconds[name].append(clock() - start)
         if round_number + 1 >= MIN_ROUNDS and clock() - begin >= budget:
             break
-    return seconds
+    return seconds, failures
+
+
+def _is_done(seconds: Sequence[float]) -> bool:
+    return len(seconds) >= SLOW_ROUNDS and seconds[0] > SLOW_SECONDS
 
 
 def number_of_sets(nbytes: int, cache: int) -> int:
@@ -62,10 +110,7 @@ def number_of_sets(nbytes: int, cache: int) -> int:
 
 def launched(calls: Sequence[Call], budget: float) -> list[float]:
     """Seconds of a call on the current GPU as the host launches it, over sets of inputs in turn."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    once = max(_elapsed(calls) / len(calls), 1e-3)
+    once = warm_up(calls)
     wanted = min(MAX_LAUNCHES, max(SAMPLES, math.ceil(EAGER_MS / once)))
     samples = min(wanted, max(MIN_ROUNDS, math.ceil(budget * 1e3 / once)))
     events = []
@@ -79,13 +124,21 @@ def launched(calls: Sequence[Call], budget: float) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def replayed(make_calls: Callable[[], Sequence[Call]], budget: float) -> list[float]:
+def replayed(
+    make_calls: Callable[[], Sequence[Call]], budget: float, verify: Callable[[Any], object] = lambda _: None
+) -> list[float]:
     """Seconds of a call inside a CUDA graph that makes all of them in turn: without what the host needs.
 
-    `make_calls` is called on the stream that is captured, for a backward pass runs where its forward pass ran.
+    The graph goes round the sets of inputs for a millisecond at least: of a graph of one short call the gap before
+    it would be a tenth.
+
+    Args:
+        make_calls: called on the stream that is captured, for a backward pass runs where its forward pass ran.
+        budget: seconds, about.
+        verify: gets the results of the first call as the graph left them, and raises if they are wrong.
 
     Raises:
-        RuntimeError: a call cannot be captured.
+        Exception: a call cannot be captured, or what `verify` raises.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -94,18 +147,42 @@ def replayed(make_calls: Callable[[], Sequence[Call]], budget: float) -> list[fl
         for call in calls:
             call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
+    graph, results = _captured(calls, 1, stream)
+    rounds = math.ceil(GRAPH_MS / warm_up([graph.replay]))
+    if rounds > 1:
+        graph.reset()
+        graph, results = _captured(calls, rounds, stream)
     graph.replay()
     torch.cuda.synchronize()
-    once = max(_elapsed([graph.replay]), 1e-3)
-    replays = max(1, math.ceil(GRAPH_SAMPLE_MS / once))
-    samples = min(SAMPLES, max(MIN_ROUNDS, math.ceil(budget * 1e3 / (replays * once))))
-    times = [_elapsed([graph.replay] * replays) / 1e3 / (replays * len(calls)) for _ in range(samples)]
+    verify(results)
+    del results
+    once = warm_up([graph.replay])
+    samples = min(SAMPLES, max(MIN_ROUNDS, math.ceil(budget * 1e3 / once)))
+    times = [_elapsed([graph.replay]) / 1e3 / (rounds * len(calls)) for _ in range(samples)]
     graph.reset()
     return times
+
+
+def _captured(calls: Sequence[Call], rounds: int, stream: torch.cuda.Stream) -> tuple[Any, Any]:
+    """A graph of all calls, `rounds` times, and the results of its first one, whose memory it leaves alone."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = calls[0]()
+        for call in [*calls[1:], *list(calls) * (rounds - 1)]:
+            call()
+    return graph, results
+
+
+def warm_up(calls: Sequence[Call]) -> float:
+    """Milliseconds of one call on the current GPU, after enough of them that its clocks are up."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    spent = once = 0.0
+    while spent < WARM_UP_MS:
+        once = max(_elapsed(calls), 1e-3)
+        spent += once
+    return once / len(calls)
 
 
 def _elapsed(calls: Sequence[Call]) -> float:

@@ -4,13 +4,15 @@ The optimiser's update, 60 million parameters with AdamW, is the same for everyo
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Generator, Tensor
 
-from benchmarks.benchmark import Benchmark, Inputs, Provider, package_providers
+from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Inputs, Provider, package_providers
 from benchmarks.first_token import make_inputs
-from benchmarks.models import encoded, original_flow
+from benchmarks.models import encoded, original_flow, reference_flow
+from benchmarks.original import ONE_THREAD
 from benchmarks.shapes import TINY_MODEL, TRAINING_STEP, Sizes
 
 
@@ -23,8 +25,9 @@ def _inputs(sizes: Sizes, generator: Generator) -> Inputs:
     return inputs
 
 
-def _original(model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
-    features = encoded(original_flow(model.model, **pictures))
+def _composed(flow: Function, model: Any, input_ids: Tensor, **pictures: Tensor) -> Sequence[Tensor]:
+    """The model behind tokens that `flow` makes of pictures."""
+    features = encoded(flow(model.model, **pictures))
     return _loss(model, model(input_ids=input_ids, labels=input_ids, mm_encoder_outputs=features))
 
 
@@ -46,8 +49,14 @@ BENCHMARK = Benchmark(
     tiny=TINY_MODEL,
     inputs=_inputs,
     output_shapes=_output_shapes,
-    providers=(Provider("original", _original), *package_providers(_package)),
+    providers=(
+        Provider("original", partial(_composed, original_flow), cpu_note=ONE_THREAD),
+        *package_providers(_package),
+    ),
     function=_package,
+    reference=partial(_composed, reference_flow),
     in_float64=False,
+    graph=False,  # transformers waits for the device
+    code=MODELS_CODE,
     rate=("pictures_per_second", lambda sizes: sizes["images"]),
 )

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import original
-from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
-from benchmarks.models import make_model, original_flow, package_flow, picture_inputs
+from benchmarks.benchmark import MODELS_CODE, Benchmark, Inputs, original_providers, package_providers
+from benchmarks.models import make_model, original_flow, package_flow, picture_inputs, reference_flow
 from benchmarks.shapes import TINY_MODEL, VISION_FLOW, Sizes, model_width, tokens_of
 
 
@@ -31,8 +31,13 @@ BENCHMARK = Benchmark(
     tiny=TINY_MODEL,
     inputs=_inputs,
     output_shapes=_output_shapes,
-    providers=(*original_providers(original_flow, _extra_bytes), *package_providers(package_flow)),
+    providers=(
+        *original_providers(original_flow, _extra_bytes, original.ONE_THREAD),
+        *package_providers(package_flow),
+    ),
     function=package_flow,
-    leniency=4,
+    reference=reference_flow,
+    in_float64=False,
     rate=("pictures_per_second", lambda sizes: sizes["images"]),
+    code=MODELS_CODE,
 )

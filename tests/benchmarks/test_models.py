@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import check
 from benchmarks.benchmark import Problem, make_call, make_problem
-from benchmarks.registry import MODELS
+from benchmarks.registry import MODELS, OPS
 
 CPU = torch.device("cpu")
 
@@ -19,10 +19,11 @@ def problem_of(name: str) -> tuple[Problem, str]:
 def test_every_provider_computes_the_same(name):
     benchmark = MODELS[name]
     problem, mode = problem_of(name)
-    reference, _ = check.expected(benchmark, benchmark.tiny, problem, mode)
+    held_to = check.standard(benchmark, benchmark.tiny, problem, mode, benchmark.providers[0].function)
+    held_to.judge_baseline()
     for one in benchmark.providers:
         if one.gpu_only is None and not one.needs_gpu:
-            check.check(benchmark, one.function, problem, mode, reference)
+            check.check(held_to, one.function, problem, mode, one.leniency)
     results = make_call(benchmark.function, problem, "forward")()
     assert [tuple(one.shape) for one in results] == benchmark.output_shapes(benchmark.tiny)
 
@@ -33,12 +34,12 @@ def test_a_slightly_wrong_neck_is_found(name, monkeypatch):
 
     benchmark = MODELS[name]
     problem, mode = problem_of(name)
-    reference, _ = check.expected(benchmark, benchmark.tiny, problem, mode)
+    held_to = check.standard(benchmark, benchmark.tiny, problem, mode, benchmark.providers[0].function)
     right = roi_align.pooled_roi_align
     monkeypatch.setattr(roi_align, "pooled_roi_align", lambda *arguments: right(*arguments) * 1.01)
     torch_path = next(one for one in benchmark.providers if one.name == "torch")
     with pytest.raises(check.WrongResult):
-        check.check(benchmark, torch_path.function, problem, mode, reference)
+        check.check(held_to, torch_path.function, problem, mode)
 
 
 def test_the_neck_alone_learns_in_the_training_step():
@@ -76,3 +77,42 @@ def test_published_models_have_published_sizes():
             assert getattr(getattr(ours, part), name) == getattr(getattr(published, part), name), name
     assert tuple(ours.high_res_config.stage_widths) == tuple(published.high_res_config.stage_widths)
     assert ours.high_res_config.model_kwargs["depths"] == [3, 3, 27, 3]  # ConvNeXt-L
+
+
+def test_the_op_benchmarks_hand_over_what_the_towers_do():
+    """The strides of tokens and stage maps decide which kernels run."""
+    problem, _ = problem_of("vision_flow")
+    model, pictures = problem.inputs["model"], problem.inputs
+    with torch.no_grad():
+        tokens = model.encode_low_res(pictures["pixel_values"])
+        stages = model.high_res_tower(pictures["pixel_values_high_res"])
+    for dtype in (torch.float32, torch.float16):
+        made = make_problem(OPS["neck"], OPS["neck"].tiny, dtype, CPU).inputs
+        assert made["low_res"].shape == tokens.shape
+        assert made["low_res"].stride() == tokens.stride()
+        assert [one.stride() for one in made["stages"]] == [one.stride() for one in stages]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_compared_with_a_wider_dtype(dtype):
+    benchmark = MODELS["vision_flow"]
+    problem = make_problem(benchmark, benchmark.tiny, dtype, CPU)
+    held_to = check.standard(benchmark, benchmark.tiny, problem, "forward")
+    wide = {torch.float32: torch.float64, torch.bfloat16: torch.float32}[dtype]
+    assert {one.dtype for one in held_to.expected} == {wide}
+    assert held_to.source == f"literal composition in {str(wide).removeprefix('torch.')}"
+
+
+def test_work_of_the_cpu_is_measured_there():
+    assert [name for name, one in MODELS.items() if one.on_cpu] == ["preprocessing", "conversion"]
+    assert all(not MODELS[name].graph for name in MODELS if name != "vision_flow")
+
+
+def test_preprocessing_is_that_of_the_original_to_the_last_digits():
+    benchmark = MODELS["preprocessing"]
+    problem, mode = problem_of("preprocessing")
+    held_to = check.standard(benchmark, benchmark.tiny, problem, mode)
+    names = {one.name: one for one in benchmark.providers}
+    assert check.check(held_to, names["mgllava"].function, problem, mode) < 1e-6
+    rounded = names["original, torchvision"]
+    assert check.check(held_to, rounded.function, problem, mode, rounded.leniency) > 1e-4

@@ -1,6 +1,10 @@
 """The rows of benchmarks/results: their format, and files that are never half written."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +89,26 @@ def test_a_line_of_another_format_is_named(tmp_path, line):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match=r"rows.jsonl:2 is no row"):
         rows.read(path)
+
+
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
+    with rows.locked(tmp_path / "new"):
+        with pytest.raises(RuntimeError, match="another run is writing here"), rows.locked(tmp_path / "new"):
+            pass
+        with rows.locked(tmp_path / "other"):
+            pass
+    with rows.locked(tmp_path / "new"):
+        pass
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
+    program = (
+        "import os, signal, sys; from pathlib import Path; from benchmarks import rows\n"
+        "with rows.locked(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    root = Path(rows.__file__).parents[1]
+    assert subprocess.run(command, cwd=root).returncode == -signal.SIGKILL
+    with rows.locked(tmp_path):
+        pass

@@ -26,20 +26,57 @@ class Clock:
 def test_calls_take_turns_and_every_other_round_goes_backwards():
     clock = Clock()
     calls = {"slow": clock.call("slow", 2.0), "fast": clock.call("fast", 0.5)}
-    seconds = timing.in_rounds(calls, budget=9.0, clock=clock)
+    seconds, failures = timing.in_rounds(calls, budget=9.0, clock=clock)
     assert clock.calls == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
     assert seconds == {"slow": [2.0] * 4, "fast": [0.5] * 4}
+    assert failures == {}
 
 
 def test_a_call_longer_than_the_budget_still_gets_the_smallest_number_of_rounds():
     clock = Clock()
-    seconds = timing.in_rounds({"slow": clock.call("slow", 60.0)}, budget=1.0, clock=clock)
+    seconds, _ = timing.in_rounds({"slow": clock.call("slow", 15.0)}, budget=1.0, clock=clock)
     assert len(seconds["slow"]) == timing.MIN_ROUNDS
+
+
+def test_a_call_of_more_than_twenty_seconds_gets_two_rounds_and_its_neighbours_all():
+    clock = Clock()
+    calls = {"slow": clock.call("slow", 21.0), "fast": clock.call("fast", 0.5)}
+    seconds, _ = timing.in_rounds(calls, budget=1.0, clock=clock)
+    assert seconds == {"slow": [21.0] * 2, "fast": [0.5] * 3}
+
+
+def test_a_call_that_raises_has_no_times_and_the_others_do():
+    clock = Clock()
+    left = iter([None])
+
+    def breaks():
+        next(left)
+
+    calls = {"breaks": breaks, "right": clock.call("right", 1.0)}
+    seconds, failures = timing.in_rounds(calls, budget=3.0, clock=clock)
+    assert seconds == {"right": [1.0] * 3}
+    assert isinstance(failures["breaks"], StopIteration)
+
+
+def test_noise_is_measured_again_and_the_calmest_attempt_counts():
+    clock = Clock()
+    attempts = iter([[1.0, 1.0, 2.0], [1.0, 1.0, 1.6], [1.0, 1.0, 1.9], [1.0]])
+    assert timing.quietest(lambda: {"a": next(attempts)}, 1.0, clock) == {"a": [1.0, 1.0, 1.6]}
+    assert next(attempts) == [1.0]
+    calm = iter([[1.0, 1.1, 1.2], [1.0]])
+    assert timing.quietest(lambda: {"a": next(calm)}, 1.0, clock) == {"a": [1.0, 1.1, 1.2]}
+
+    def minutes():
+        clock.now += 60
+        return {"a": next(noisy)}
+
+    noisy = iter([[1.0, 1.0, 9.0], [1.0]])
+    assert timing.quietest(minutes, 1.0, clock) == {"a": [1.0, 1.0, 9.0]}
 
 
 def test_a_short_call_gets_a_bounded_number_of_rounds():
     clock = Clock()
-    seconds = timing.in_rounds({"fast": clock.call("fast", 1e-6)}, budget=1e9, clock=clock)
+    seconds, _ = timing.in_rounds({"fast": clock.call("fast", 1e-6)}, budget=1e9, clock=clock)
     assert len(seconds["fast"]) == timing.MAX_ROUNDS
 
 
@@ -139,12 +176,60 @@ def test_launched_calls_keep_to_the_budget(clock):
     assert len(timing.launched([clock.call("a", 60.0)], budget=2.0)) == timing.MIN_ROUNDS
 
 
+def test_clocks_are_up_before_the_first_sample(clock):
+    timing.launched([clock.call("a", 0.001)], budget=10.0)
+    assert len(clock.calls) == 1 + timing.WARM_UP_MS + timing.EAGER_MS
+    clock.calls.clear()
+    timing.replayed(lambda: [clock.call("a", 2**-7)], budget=0.0)
+    before_the_samples = clock.calls.count("replay") - timing.MIN_ROUNDS
+    assert before_the_samples * 2**-7 * 1e3 >= 2 * timing.WARM_UP_MS
+
+
+class Gap:
+    """Calls take time, and so does what is between one replay and the next."""
+
+    def __init__(self, clock: Clock, monkeypatch, seconds: float) -> None:
+        replay = timing.torch.cuda.CUDAGraph.replay
+
+        def with_gap(graph) -> None:
+            clock.now += seconds
+            replay(graph)
+
+        monkeypatch.setattr(timing.torch.cuda.CUDAGraph, "replay", with_gap)
+
+
+def test_a_graph_of_short_calls_holds_a_millisecond_of_them(clock, monkeypatch):
+    Gap(clock, monkeypatch, 8e-6)
+    seconds = timing.replayed(lambda: [clock.call("a", 100e-6)], budget=10.0)
+    assert len(seconds) == timing.SAMPLES
+    assert seconds == pytest.approx([100e-6] * timing.SAMPLES, rel=0.01)
+
+
 def test_a_replayed_graph_counts_each_call_once(clock):
     calls = [clock.call(name, 2**-14) for name in "abcd"]
     seconds = timing.replayed(lambda: calls, budget=10.0)
     assert seconds == pytest.approx([2**-14] * timing.SAMPLES)
-    # A sample lasts at least a millisecond: 5 replays of 244 microseconds.
-    assert clock.calls.count("replay") == 2 + 5 * timing.SAMPLES
+    # The last capture goes round all four five times: 1.2 milliseconds.
+    assert "".join(clock.calls).partition("replay")[0] == "abcd" * 2
+    assert "abcd" * 5 in "".join(clock.calls)
+
+
+def test_what_a_graph_left_is_verified_before_it_is_timed(clock):
+    given = []
+
+    def first():
+        clock.now += 0.0001
+        return ["result"]
+
+    def verify(results) -> None:
+        given.append((results, clock.calls.count("replay")))
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        timing.replayed(lambda: [first, clock.call("b", 0.0001)], 10.0, verify)
+    (((result,), replays),) = given
+    assert result == "result"
+    assert replays > 1  # those of the estimate and one of the graph that is timed
 
 
 def test_what_is_replayed_is_made_on_the_stream_that_is_captured(clock, monkeypatch):
