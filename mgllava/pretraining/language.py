@@ -28,16 +28,7 @@ from ..scenes import (
 )
 from ..training.encode import Encoder
 from ..training.records import IMAGE_TOKEN, Record
-from .attributes import (
-    CELL_SIZE,
-    CLASSES,
-    POSITION_BINS,
-    REGION_SIZE,
-    cell_labels,
-    classes_of,
-    one_hot_places,
-    position_of,
-)
+from .symbols import SYMBOL_SIZE, SYMBOL_WORDS, symbols_of_boxes, symbols_of_cells
 
 __all__ = ["LanguagePretraining", "SymbolCollator", "SymbolicScenes"]
 
@@ -50,8 +41,8 @@ VIEWS = ("cells", "boxes", "both", "both")
 class SymbolicScenes(Dataset):
     """Scenes in the layout of the model's conversations, with symbols in the place of what a picture becomes.
 
-    Every cell of the grid is a set of words, those of the things that have their centre in it; every box is the
-    words of what it shows and its position. One scene in four shows its cells alone, one its boxes alone.
+    Every cell of the grid is the words of the things that have their centre in it, every box those of what it shows,
+    and both say where they are. One scene in four shows its cells alone, one its boxes alone.
 
     Args:
         split: `train`, `validation` or `test`.
@@ -92,11 +83,11 @@ class SymbolicScenes(Dataset):
         view = self.view or rng.choice(VIEWS)
         text = self.encoder.encode_text(self._record(scene, things, view, rng))
         processor = self.encoder.processor
-        cells = cell_labels(scene, int(processor.num_image_tokens**0.5))
+        cells = symbols_of_cells(scene, int(processor.num_image_tokens**0.5))
         boxes, _ = detections_to_boxes(
             **detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=CANVAS
         )
-        regions = _region_symbols(things, boxes)
+        regions = symbols_of_boxes(things, boxes)
         if view == "boxes":
             cells = np.zeros_like(cells)
         if view == "cells":
@@ -129,16 +120,6 @@ class SymbolicScenes(Dataset):
         return Record(scene.id, tuple(pairs), Path(scene.id))
 
 
-def _region_symbols(things: list[Thing | None], boxes: Tensor) -> np.ndarray:
-    symbols = np.zeros((len(things), REGION_SIZE), dtype=np.float32)
-    centres = ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()
-    for row, thing, (x, y) in zip(symbols, things, centres, strict=True):
-        row[one_hot_places(classes_of(thing))] = 1
-        row[CELL_SIZE : CELL_SIZE + POSITION_BINS] = position_of(x, CANVAS)
-        row[CELL_SIZE + POSITION_BINS :] = position_of(y, CANVAS)
-    return symbols
-
-
 class SymbolCollator:
     """Pads conversations on the right; cells side by side, the regions of all scenes in one list."""
 
@@ -161,11 +142,11 @@ class LanguagePretraining(nn.Module):
     """A Llama that reads symbols as sums of words, through one linear layer more each for cells and boxes.
 
     A symbol is the sum of the embeddings of the words that name it, so that what is read can be said at once; what has
-    no word of its own (frames, whose colours are the inks' words, and positions) is the linear layer's.
+    no word of its own (frames, whose colours are the inks' words, and exact positions) is the linear layer's.
 
     Args:
         config: of the language model; its vocabulary does not hold the placeholders.
-        tokenizer: knows the words of `CLASSES`.
+        tokenizer: knows `SYMBOL_WORDS`.
         image_token_id, object_token_id: the placeholders in `input_ids`.
     """
 
@@ -176,13 +157,13 @@ class LanguagePretraining(nn.Module):
         self.language_model = LlamaForCausalLM(config)
         self.image_token_id = image_token_id
         self.object_token_id = object_token_id
-        self.cell_symbols = nn.Linear(CELL_SIZE, config.hidden_size)
-        self.region_symbols = nn.Linear(REGION_SIZE, config.hidden_size)
+        self.cell_symbols = nn.Linear(SYMBOL_SIZE, config.hidden_size)
+        self.region_symbols = nn.Linear(SYMBOL_SIZE, config.hidden_size)
         for layer in (self.cell_symbols, self.region_symbols):
             nn.init.normal_(layer.weight, std=config.initializer_range)
             nn.init.zeros_(layer.bias)
-        words = [word for name, group in CLASSES.items() if name != "frame" for word in group]
-        self.register_buffer("words", torch.tensor(tokenizer.convert_tokens_to_ids(words)), persistent=False)
+        words = torch.tensor(tokenizer.convert_tokens_to_ids(list(SYMBOL_WORDS)))
+        self.register_buffer("words", words, persistent=False)
 
     def forward(
         self,
@@ -197,7 +178,7 @@ class LanguagePretraining(nn.Module):
 
         Args:
             input_ids, attention_mask, labels: (B, L).
-            cells: (image tokens of the batch, `CELL_SIZE`); regions: (object tokens, `REGION_SIZE`).
+            cells: (image tokens of the batch, `SYMBOL_SIZE`); regions: (object tokens, `SYMBOL_SIZE`).
 
         Returns:
             `loss`, a scalar, and `logits` (B, L, vocabulary).
