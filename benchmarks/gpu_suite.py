@@ -3,16 +3,19 @@
     python benchmarks/gpu_suite.py --dry-run         the plan with its times
     python benchmarks/gpu_suite.py                   everything, in under 25 minutes
     python benchmarks/gpu_suite.py --minutes 9       what is not finished yet, for nine minutes; again to go on
-    python benchmarks/gpu_suite.py --part tune       one part
+    python benchmarks/gpu_suite.py --part tests      one part: what failed in it once more
+    GIT_COMMIT=$(git rev-parse --short HEAD) python benchmarks/gpu_suite.py
+                                                     where the copy of the checkout has no .git
 
 Runs from a checkout, without installing anything and without network. Parts run in the order of what they tell;
-each has a time limit, goes on where it stopped and cannot stop the next. Everything lands in one folder
-(--output): rows, tuned tables, logs, tables and plots, and summary.md. Ends with 0 if every part passed and every
-line of the acceptance is met, 1 if not, 2 without a GPU.
+each has a time limit, goes on where it stopped and cannot stop the next. Everything lands in one folder (--output):
+rows, tuned tables, logs, tables and plots, and summary.md; what other code left there is set aside in its folder
+`earlier`. Ends with 0 if every part passed and every line of the acceptance is met, 1 if not, 2 without a GPU.
 """
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
@@ -40,6 +43,13 @@ NO_GPU = 2
 GRACE, LOOK = 10.0, 0.5
 # A call of less than this many seconds tells nothing.
 LEAST = 15.0
+# The status of `python -m benchmarks` when the GPU answers its process no more, and how often it is started again.
+DEVICE_LOST, RESTARTS = 3, 3
+# What torch.compile made.
+CACHE = "inductor"
+# Another version of these files is another result. Those that only arrange and show results are left out.
+CODE = ("mgllava", "mgllava_kernels", "benchmarks", "tests/kernels", "tests/conftest.py")
+SHOWS = ("ablation.py", "acceptance.py", "comparison.py", "gpu_suite.py", "plots.py", "report.py")
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Step:
         environment: added to this process'.
         at_most: minutes, so that one that hangs leaves time for the others.
         enough: it passes when they are over: what only makes the next steps faster.
+        retry: options that make it repeat what failed.
+        goes_on: with the status DEVICE_LOST it is started again and goes on behind what ended it.
     """
 
     name: str
@@ -61,6 +73,8 @@ class Step:
     environment: tuple[tuple[str, str], ...] = ()
     at_most: float = math.inf
     enough: bool = False
+    retry: tuple[str, ...] = ()
+    goes_on: bool = False
 
     @property
     def shown(self) -> str:
@@ -82,10 +96,22 @@ class Part:
 
 @dataclass
 class Progress:
-    """What a part has done: seconds spent, the outcome of each finished step, and why others are not."""
+    """What a part has done.
 
+    Args:
+        retry: its steps begin with what failed.
+        seconds: spent, without what a step lost that the end of a call cut off.
+        outcomes: of each finished step.
+        cut: steps that the end of a call cut off once. The second time their seconds count, or a part of long steps
+            and short calls would never end.
+        notes: why steps did not pass.
+        closed: finished or out of time.
+    """
+
+    retry: bool = False
     seconds: float = 0.0
     outcomes: dict[str, str] = field(default_factory=dict)
+    cut: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     closed: bool = False
 
@@ -98,48 +124,34 @@ class Progress:
 
 
 EAGER = ("original", "torchvision", "cuBLAS bias", "cuBLAS bias and GELU", "torch", "triton")
+# What a curve shows.
+PLOTTED = ("original", "torch", "triton")
+ALL_BOXES = "8 pictures, 100 boxes each"
 
 
 def _measure(
-    name: str, folder: Path, arguments: str, *more: str, tuned: Path | None = None, at_most: float = 1.5
+    name: str,
+    folder: Path,
+    arguments: str,
+    providers: Sequence[str],
+    at_most: float,
+    tuned: Path | None = None,
+    needs: tuple[str, ...] = (),
 ) -> Step:
+    """Rows of some cases. Without torchvision the original is a row with the reason, the others are measured."""
+    named = (word for provider in providers for word in ("--provider", provider))
     command = (
         "-m",
         "benchmarks",
         "--device",
         "cuda",
         *shlex.split(arguments),
-        *more,
+        *named,
         "--results",
         str(folder),
     )
-    return Step(name, command, ("typer", "rich"), _tables(tuned), at_most)
-
-
-def _providers(*names: str) -> tuple[str, ...]:
-    return tuple(word for name in names for word in ("--provider", name))
-
-
-def _tables(tuned: Path | None) -> tuple[tuple[str, str], ...]:
-    return () if tuned is None else (("MGLLAVA_KERNELS_CONFIGS", str(tuned)),)
-
-
-def _main_cases(prefix: str, folder: Path, tuned: Path | None) -> tuple[Step, ...]:
-    """What the acceptance asks for, without rivals that compile for a minute."""
-    both = "--mode forward --mode both"
-    wanted = (
-        ("8x100", f"--op pooled_roi_align --op neck --case '8 pictures, 100 boxes each' {both}"),
-        ("batch-1", f"--op conv_gate --op projectors --case '1 picture' {both}"),
-        ("batch-32", f"--op conv_gate --op projectors --case '32 pictures' {both}"),
-        ("1x100", f"--op pooled_roi_align --op neck --case '1 picture, 100 boxes' {both}"),
-        ("regions-7", "--op roi_align --case '7x7, ratio 2' --mode forward --mode backward"),
-        ("regions-14", "--op roi_align --case '14x14, ratio 2' --mode forward --mode backward"),
-        ("batch-8", "--op projectors --op conv_gate --case '8 pictures' --mode forward"),
-    )
-    return tuple(
-        _measure(f"{prefix}-{name}", folder, f"{text} --budget 3", *_providers(*EAGER), tuned=tuned)
-        for name, text in wanted
-    )
+    tables = () if tuned is None else (("MGLLAVA_KERNELS_CONFIGS", str(tuned)),)
+    return Step(name, command, ("typer", "rich", *needs), tables, at_most, goes_on=True)
 
 
 # Those whose kernels run on the GPU.
@@ -151,172 +163,219 @@ KERNEL_TESTS = (
 
 def plan(output: Path) -> tuple[Part, ...]:
     """The parts, the most telling first."""
-    heuristics, results, tuned = output / "results_before_tuning", output / "results", output / "tuned"
-    aot = ("-m", "mgllava_kernels.aot", "--target", "native")
-    tune = ("-m", "mgllava_kernels.tune", "--output", str(tuned))
-    command_line = ("triton", "typer", "rich")
+    results, heuristics, tuned = output / "results", output / "results_before_tuning", output / "tuned"
+    return (
+        _tests(output),
+        _verdict(heuristics),
+        _tuning(tuned),
+        _benchmarks(results, tuned),
+        _curves(results, tuned),
+        _models(results, tuned),
+        _more_tests(output),
+        _report(results, heuristics),
+    )
+
+
+COMMAND_LINE = ("triton", "typer", "rich")
+AOT = ("-m", "mgllava_kernels.aot", "--target", "native")
+
+
+def _tests(output: Path) -> Part:
+    warm_up = {"at_most": 0.5, "enough": True}
+    return Part(
+        "tests",
+        "kernels in every dtype against golden values, naive loops and torchvision",
+        4,
+        (
+            # On all cores, lest every process of the tests compiles the same kernels.
+            Step("compile-bfloat16", (*AOT, "--dtype", "bfloat16"), COMMAND_LINE, **warm_up),
+            Step(
+                "compile-others", (*AOT, "--dtype", "float32", "--dtype", "float16"), COMMAND_LINE, **warm_up
+            ),
+            _pytest("tests", output, [_file_of(name) for name in KERNEL_TESTS]),
+        ),
+        lambda output: str(shards.read_results(output / "tests")),
+    )
+
+
+def _more_tests(output: Path) -> Part:
+    left_out = [*map(_file_of, KERNEL_TESTS), "tests/kernels/test_aot.py"]
+    paths = ["tests/kernels", "tests/benchmarks", *[f"--ignore={path}" for path in left_out]]
+    return Part(
+        "more tests",
+        "the other tests of the kernels and of the benchmarks",
+        0.75,
+        (_pytest("more-tests", output, paths),),
+        lambda output: str(shards.read_results(output / "more-tests")),
+    )
+
+
+def _file_of(kernel_test: str) -> str:
+    return f"tests/kernels/test_{kernel_test}.py"
+
+
+def _pytest(name: str, output: Path, paths: Sequence[str]) -> Step:
+    command = ("-m", "benchmarks.shards", "--folder", str(output / name), *paths)
+    return Step(name, command, ("pytest", "hypothesis", "triton"), retry=("--retry",))
+
+
+def _verdict(folder: Path) -> Part:
+    both = "--mode forward --mode both --budget 1"
+    return Part(
+        "verdict",
+        "main cases with the heuristics' launch parameters",
+        3.1,
+        tuple(
+            _measure(f"verdict-{name}", folder, text, EAGER, at_most)
+            for name, text, at_most in (
+                ("8x100", f"--op pooled_roi_align --op neck --case '{ALL_BOXES}' {both}", 0.75),
+                ("batch-1", f"--op conv_gate --op projectors --case '1 picture' {both}", 0.75),
+                ("batch-32", f"--op conv_gate --op projectors --case '32 pictures' {both}", 0.75),
+                (
+                    "1x100",
+                    "--op pooled_roi_align --case '1 picture, 100 boxes' --mode forward --budget 1",
+                    0.4,
+                ),
+                (
+                    "regions-14",
+                    "--op roi_align --case '14x14, ratio 2' --mode forward --mode backward --budget 1",
+                    1.0,
+                ),
+                ("batch-8", "--op projectors --case '8 pictures' --mode forward --budget 1", 0.4),
+            )
+        ),
+        lambda _: _rows_of(folder),
+    )
+
+
+def _tuning(tuned: Path) -> Part:
     # First the products: whether they go to cuBLAS is for the tables to say.
     forward = ("grouped_mlp_projector", "conv_gate_fusion", "pooled_roi_align", "roi_align")
+    regions = ("roi_align", "roi_align_backward")
     backward = (
         *("pooled_roi_align_backward", "roi_align_backward"),
         *("grouped_mlp_projector_backward", "conv_gate_fusion_backward"),
     )
 
-    def options(ops: Sequence[str], *dtypes: str) -> tuple[str, ...]:
-        return tuple(word for op in ops for word in ("--op", op)) + tuple(
-            word for dtype in dtypes for word in ("--dtype", dtype)
-        )
+    def options(ops: Sequence[str], dtype: str) -> tuple[str, ...]:
+        return (*(word for op in ops for word in ("--op", op)), "--dtype", dtype)
 
-    def tests(name: str, *paths: str) -> Step:
-        command = ("-m", "benchmarks.shards", "--folder", str(output / name), *paths)
-        return Step(name, command, ("pytest", "hypothesis", "triton"))
+    def tune(name: str, ops: Sequence[str], dtype: str) -> Step:
+        command = ("-m", "mgllava_kernels.tune", "--output", str(tuned), *options(ops, dtype))
+        return Step(f"tune-{name}", command, COMMAND_LINE, at_most=0.75)
 
-    def results_of(name: str) -> Callable[[Path], str]:
-        return lambda output: str(shards.read_results(output / name))
-
-    kernels = [f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS]
-    compiled = _providers("original", "original compiled", "original max-autotune", "triton", "torch")
-    cublas = _providers("cuBLAS bias", "cuBLAS bias and GELU")
-    return (
-        Part(
-            "compile",
-            "kernels of the published sizes, on all CPU cores",
-            1.25,
-            (
-                Step("compile-bfloat16", (*aot, "--dtype", "bfloat16"), command_line),
-                Step("compile-others", (*aot, "--dtype", "float32", "--dtype", "float16"), command_line),
-            ),
+    candidates = (*AOT, "--candidates", *options(forward, "bfloat16"))
+    return Part(
+        "tune",
+        "launch parameters for this GPU",
+        3,
+        (
+            Step("tune-compile", candidates, COMMAND_LINE, at_most=1, enough=True),
+            # One command an op: an error of CUDA ends a command.
+            *(tune(op, [op], "bfloat16") for op in forward),
+            tune("regions", regions, "float32"),
+            *(tune(op, [op], "bfloat16") for op in backward),
         ),
-        Part(
-            "tests",
-            "kernels in every dtype against golden values, naive loops and torchvision",
-            4.25,
-            (tests("tests", *kernels),),
-            results_of("tests"),
-        ),
-        Part(
-            "verdict",
-            "main cases with the heuristics' launch parameters",
-            3.75,
-            _main_cases("verdict", heuristics, None),
-            lambda output: _rows_of(output / "results_before_tuning"),
-        ),
-        Part(
-            "tune",
-            "launch parameters for this GPU",
-            5,
-            (
-                Step(
-                    "tune-compile",
-                    (*aot, "--candidates", *options(forward, "bfloat16")),
-                    command_line,
-                    at_most=1.5,
-                    enough=True,
-                ),
-                # One command an op: an error of CUDA ends a command.
-                *(
-                    Step(f"tune-{op}", (*tune, *options([op], "bfloat16")), command_line, at_most=1.75)
-                    for op in forward
-                ),
-                Step(
-                    "tune-regions",
-                    (*tune, *options(["roi_align", "roi_align_backward"], "float32")),
-                    command_line,
-                ),
-                *(
-                    Step(f"tune-{op}", (*tune, *options([op], "bfloat16")), command_line, at_most=1.75)
-                    for op in backward
-                ),
-            ),
-            lambda output: _entries_of(output / "tuned"),
-        ),
-        Part(
-            "benchmarks",
-            "main cases with the tuned launch parameters, then with rivals that torch.compile makes",
-            5,
-            (
-                *_main_cases("tuned", results, tuned),
-                *(
-                    _measure(name, results, f"{text} --budget 3", *providers, tuned=tuned, at_most=2)
-                    for name, text, providers in (
-                        ("compiled-32", "--op conv_gate --case '32 pictures' --mode forward", compiled),
-                        ("compiled-1", "--op conv_gate --case '1 picture' --mode forward", compiled),
-                        (
-                            "compiled-projectors",
-                            "--op projectors --case '32 pictures' --mode forward",
-                            (*compiled, *cublas),
-                        ),
-                        (
-                            "compiled-neck",
-                            "--op neck --case '8 pictures, 100 boxes each' --mode forward",
-                            compiled,
-                        ),
-                    )
-                ),
-            ),
-            lambda output: _rows_of(output / "results"),
-        ),
-        Part(
-            "curves",
-            "cost and memory against boxes, pictures and picture size",
-            1.75,
-            tuple(
-                _measure(
-                    *(f"curves-{op}", results, f"--op {op} --mode forward --budget 1"),
-                    *_providers(*EAGER),
-                    tuned=tuned,
-                )
-                for op in ("pooled_roi_align", "conv_gate", "neck", "projectors")
-            ),
-            lambda output: _rows_of(output / "results"),
-        ),
-        Part(
-            "models",
-            "towers and neck, first token, generation, a training step, at published sizes",
-            2,
-            tuple(
-                _measure(
-                    *(f"models-{op}", results, f"--op {op} {case} --mode {mode} --budget 3"),
-                    *_providers(*EAGER),
-                    tuned=tuned,
-                )
-                for op, case, mode in (
-                    ("vision_flow", "--case '8 pictures, 100 boxes each'", "forward"),
-                    ("first_token", "--case '1 picture, 100 boxes'", "forward"),
-                    ("generation", "--case '1 picture, 100 boxes'", "forward"),
-                    ("training_step", "--case '2 pictures, 100 boxes each'", "both"),
-                )
-            ),
-            lambda output: _rows_of(output / "results"),
-        ),
-        Part(
-            "more tests",
-            "the other tests of the kernels and of the benchmarks",
-            1,
-            (
-                tests(
-                    "more-tests",
-                    "tests/kernels",
-                    "tests/benchmarks",
-                    *[f"--ignore={path}" for path in kernels],
-                    "--ignore=tests/kernels/test_aot.py",
-                ),
-            ),
-            results_of("more-tests"),
-        ),
-        Part(
-            "report",
-            "tables and plots",
-            0.5,
-            tuple(
-                Step(f"report-{folder.name}", ("-m", "benchmarks.report", "--results", str(folder)))
-                for folder in (results, heuristics)
-            ),
-            lambda _: (
-                "" if importlib.util.find_spec("matplotlib") else "no plots: matplotlib is not installed"
-            ),
-        ),
+        lambda _: _entries_of(tuned),
     )
+
+
+def _benchmarks(results: Path, tuned: Path) -> Part:
+    """Of the compiled rivals only the one that the acceptance names: each costs a minute a case."""
+    regions = "--op roi_align --case '{}' --mode forward --mode backward --budget 1"
+    compiled = (*EAGER, "original max-autotune")
+    two_ops = "--op conv_gate --op projectors"
+    return Part(
+        "benchmarks",
+        "main cases with the tuned launch parameters, with rivals that torch.compile makes",
+        8.15,
+        tuple(
+            _measure(name, results, text, providers, at_most, tuned)
+            for name, text, providers, at_most in (
+                (
+                    "tuned-8x100",
+                    f"--op pooled_roi_align --op neck --case '{ALL_BOXES}' --mode forward --mode both --budget 1",
+                    EAGER,
+                    0.75,
+                ),
+                (
+                    "tuned-1x100",
+                    "--op pooled_roi_align --case '1 picture, 100 boxes' --mode forward --budget 1",
+                    EAGER,
+                    0.4,
+                ),
+                ("compiled-1", "--op conv_gate --case '1 picture' --mode forward --budget 1", compiled, 2),
+                ("compiled-32", "--op conv_gate --case '32 pictures' --mode forward --budget 1", compiled, 2),
+                ("tuned-regions-7", regions.format("7x7, ratio 2"), EAGER, 1.5),
+                ("tuned-regions-14", regions.format("14x14, ratio 2"), EAGER, 1),
+                ("tuned-both-1", f"{two_ops} --case '1 picture' --mode both --budget 1", EAGER, 0.5),
+                ("tuned-both-32", f"{two_ops} --case '32 pictures' --mode both --budget 1", EAGER, 0.5),
+                ("tuned-32", "--op projectors --case '32 pictures' --mode forward --budget 1", EAGER, 0.4),
+                ("tuned-1", "--op projectors --case '1 picture' --mode forward --budget 1", EAGER, 0.4),
+                ("tuned-8", "--op projectors --case '8 pictures' --mode forward --budget 1", EAGER, 0.4),
+                ("compiled-neck", f"--op neck --case '{ALL_BOXES}' --mode forward --budget 1", compiled, 2),
+            )
+        ),
+        lambda _: _rows_of(results),
+    )
+
+
+def _curves(results: Path, tuned: Path) -> Part:
+    def curves(op: str, case: str, what: str, at_most: float) -> Step:
+        arguments = f"--op {op} --case '{case}' --mode forward --budget 0.5"
+        return _measure(f"curves-{what}-{op}", results, arguments, PLOTTED, at_most, tuned)
+
+    return Part(
+        "curves",
+        "cost and memory against boxes, pictures and picture size",
+        3.5,
+        tuple(
+            step
+            for op in ("neck", "pooled_roi_align")
+            for step in (
+                curves(op, "1 picture", "boxes-and-canvas", 1.25),
+                curves(op, "10 boxes each", "pictures", 0.6),
+            )
+        ),
+        lambda _: _rows_of(results),
+    )
+
+
+def _models(results: Path, tuned: Path) -> Part:
+    return Part(
+        "models",
+        "towers and neck, first token, generation, a training step, at published sizes",
+        1.5,
+        tuple(
+            _measure(
+                f"models-{op}",
+                results,
+                f"--op {op} --case '{case}' --mode {mode} --budget 1",
+                PLOTTED,
+                0.75,
+                tuned,
+                ("transformers", "timm"),
+            )
+            for op, case, mode in (
+                ("vision_flow", ALL_BOXES, "forward"),
+                ("first_token", "1 picture, 100 boxes", "forward"),
+                ("training_step", "2 pictures, 100 boxes each", "both"),
+                ("generation", "1 picture, 100 boxes", "forward"),
+            )
+        ),
+        lambda _: _rows_of(results),
+    )
+
+
+def _report(*folders: Path) -> Part:
+    def without_plots(_: Path) -> str:
+        return "" if importlib.util.find_spec("matplotlib") else "no plots: matplotlib is not installed"
+
+    steps = (
+        Step(f"report-{folder.name}", ("-m", "benchmarks.report", "--results", str(folder)))
+        for folder in folders
+    )
+    return Part("report", "tables and plots", 0.5, tuple(steps), without_plots)
 
 
 def _rows_of(folder: Path) -> str:
@@ -340,6 +399,8 @@ class Suite:
         parts: the plan.
         output: folder of everything.
         tell: gets a line on what is going on.
+        code: version of the code. What another version left in `output` is set aside.
+        fresh: what the same version left, too.
     """
 
     def __init__(
@@ -347,26 +408,35 @@ class Suite:
         parts: Sequence[Part],
         output: Path,
         tell: Callable[[str], object] = lambda line: print(line, flush=True),
+        code: str = "",
+        fresh: bool = False,
     ) -> None:
-        self.parts, self.output, self.tell = tuple(parts), output, tell
+        self.parts, self.output, self.tell, self.code = tuple(parts), output, tell, code
         self.state = output / "state.json"
         stored = json.loads(self.state.read_text()) if self.state.is_file() else {}
-        self.progress = {part.name: Progress(**stored.get(part.name, {})) for part in self.parts}
+        if stored and (fresh or stored["code"] != code):
+            tell(f"{'what is there' if fresh else 'what other code left'} is now in {set_aside(output)}")
+            stored = {}
+        done = stored.get("parts", {})
+        self.progress = {part.name: Progress(**done.get(part.name, {})) for part in self.parts}
 
     def run(self, names: Sequence[str] = (), minutes: float | None = None) -> None:
-        """Run the parts of these names, or whichever are not closed, for at most `minutes` in all."""
+        """Run the parts of these names, or whichever are not closed, for at most `minutes` in all.
+
+        A part that is named repeats what failed in it.
+        """
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
         for part in self.parts:
             progress = self.progress[part.name]
-            if part.name in names:
-                # Asked for by name it runs again, as far as its commands find anything left to do.
-                progress = self.progress[part.name] = Progress()
-            elif names or progress.closed:
+            if names and part.name not in names:
                 continue
             if deadline is not None and deadline - time.monotonic() < LEAST:
                 break
-            self._run(part, progress, deadline)
+            if names and progress.outcomes:
+                progress = self.progress[part.name] = Progress(retry=True)
+            if not progress.closed:
+                self._run(part, progress, deadline)
 
     def _run(self, part: Part, progress: Progress, deadline: float | None) -> None:
         self.tell(f"== {part.name}: {part.text} (up to {part.minutes:g} min)")
@@ -385,8 +455,12 @@ class Suite:
             ended_by = min(limits, key=limits.__getitem__)
             if limits[ended_by] <= 0:
                 break
+            spent = progress.seconds
             status = self._command(step, progress, limits[ended_by])
             if status is None and ended_by == "call":
+                if step.name not in progress.cut:
+                    progress.cut.append(step.name)
+                    progress.seconds = spent
                 break
             if status == 0 or (status is None and ended_by == "step" and step.enough):
                 progress.outcomes[step.name] = PASS
@@ -404,15 +478,28 @@ class Suite:
 
     def _command(self, step: Step, progress: Progress, limit: float) -> int | None:
         """The exit status of a step, or None if it ran past `limit` seconds."""
-        self.tell(f"   {step.shown}")
+        begin = time.monotonic()
+        # What was cut off has begun to repeat already.
+        first = step.retry if progress.retry and step.name not in progress.cut else ()
+        status = self._attempt(step, first, progress, limit)
+        for _ in range(RESTARTS):
+            left = limit - (time.monotonic() - begin)
+            if not (step.goes_on and status == DEVICE_LOST) or left <= 0:
+                break
+            status = self._attempt(step, (), progress, left)
+        return status
+
+    def _attempt(self, step: Step, more: tuple[str, ...], progress: Progress, limit: float) -> int | None:
+        shown = " ".join([step.shown, *more])
+        self.tell(f"   {shown}")
         begin, spent_before = time.monotonic(), progress.seconds
         with (self.output / "logs" / f"{step.name}.log").open("ab") as log:
-            log.write(f"$ {step.shown}\n".encode())
+            log.write(f"$ {shown}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                [sys.executable, *step.command],
+                [sys.executable, *step.command, *more],
                 cwd=ROOT,
-                env=_environment() | dict(step.environment),
+                env=_environment(self.output) | dict(step.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -434,9 +521,8 @@ class Suite:
 
     def _save(self) -> None:
         partial = self.state.with_name(f".{self.state.name}.{os.getpid()}")
-        partial.write_text(
-            json.dumps({name: asdict(one) for name, one in self.progress.items()}, indent=1) + "\n"
-        )
+        parts = {name: asdict(one) for name, one in self.progress.items()}
+        partial.write_text(json.dumps({"code": self.code, "parts": parts}, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.state)
 
     def _line(self, part: Part) -> str:
@@ -488,19 +574,55 @@ def _tests_verdict(results: shards.Results) -> acceptance.Verdict:
 def keep(output: Path) -> list[str]:
     """Commands that bring the results of a GPU into the checkout."""
     return [
-        f"cp {output}/results/*.jsonl benchmarks/results/ && python -m benchmarks.report",
+        f"python -m benchmarks.report --merge {output}/results",
         f"cp -r {output}/tuned/* mgllava_kernels/configs/",
     ]
 
 
-def _environment() -> dict[str, str]:
+def set_aside(output: Path) -> Path:
+    """Move all that is in a folder into one below its `earlier`, and return that; caches stay."""
+    number = sum(1 for _ in (output / "earlier").glob("*")) + 1
+    aside = output / "earlier" / str(number)
+    aside.mkdir(parents=True)
+    for path in output.iterdir():
+        if path.name not in ("earlier", CACHE):
+            path.rename(aside / path.name)
+    return aside
+
+
+def fingerprint() -> str:
+    """A short hash of the files whose change makes another result."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        path = ROOT / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix in (".py", ".json") and file.name not in SHOWS and "results" not in file.parts:
+                digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str | None:
+    """What git or GIT_COMMIT says of the checkout; None if neither does."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+    except OSError:
+        result = None
+    found = result.stdout.strip() if result is not None and result.returncode == 0 else ""
+    return found or os.environ.get("GIT_COMMIT") or None
+
+
+def _environment(output: Path) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in ("TRITON_INTERPRET", "MGLLAVA_KERNELS")
     }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    kept |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    # What torch.compile found is still there when the next call goes on.
+    return {"TORCHINDUCTOR_CACHE_DIR": str(output / CACHE)} | kept
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -513,15 +635,29 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             return
 
 
-def find_gpu() -> dict[str, str] | None:
+FIND_GPU = """
+import json, platform, torch
+found = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else None
+if found:
+    found |= {"driver": None, "python": platform.python_version(), "torch": torch.__version__, "triton": None}
+    try:
+        import triton
+        from mgllava_kernels.tune import conditions
+        found["triton"] = triton.__version__
+        found["driver"] = conditions(torch.device("cuda", torch.cuda.current_device()))["driver"]
+    except ImportError:
+        pass
+print(json.dumps(found))
+"""
+
+
+def find_gpu() -> dict[str, str | None] | None:
     """Name and versions of the GPU that torch finds, asked in a process of its own so that no memory is held here."""
-    code = (
-        "import json, torch\n"
-        "found = torch.cuda.is_available()\n"
-        "print(json.dumps({'device': torch.cuda.get_device_name(), 'torch': torch.__version__} if found else None))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", FIND_GPU], capture_output=True, text=True, cwd=ROOT)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 and result.stdout else None
+
+
+NO_COMMIT = "**No commit is known: set GIT_COMMIT and run again with --fresh.**"
 
 
 def listing(parts: Sequence[Part]) -> Iterator[str]:
@@ -542,8 +678,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=DEFAULT_OUTPUT, help="folder of everything; default %(default)s"
     )
     parser.add_argument(
-        "--part", action="append", default=[], metavar="NAME", help="only this part, once more"
+        "--part",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this part: what failed in it once more, and what is not finished",
     )
+    parser.add_argument("--fresh", action="store_true", help="set aside what is there and begin anew")
     parser.add_argument("--minutes", type=float, help="stop after so many; the next call goes on")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     options = parser.parse_args(arguments)
@@ -564,10 +705,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NO_GPU
     # What stops this program stops its commands too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    suite = Suite(parts, output, code=fingerprint(), fresh=options.fresh)
     for name in ("results", "results_before_tuning"):
         (output / name).mkdir(parents=True, exist_ok=True)
-    suite = Suite(parts, output)
-    conditions = ", ".join(f"{name} {value}" for name, value in gpu.items())
+    conditions = ", ".join(f"{name} {value or 'unknown'}" for name, value in gpu.items())
+    known = commit()
+    conditions += f", commit {known}, files {suite.code}." if known else f", files {suite.code}. {NO_COMMIT}"
     try:
         suite.run(options.part, options.minutes)
     finally:

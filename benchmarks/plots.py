@@ -14,12 +14,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.comparison import Comparison, Place, compare, median, places
 from benchmarks.registry import BENCHMARKS
+from benchmarks.report import representatives, slug, torch_path
 from benchmarks.rows import Row
 from benchmarks.shapes import CURVES
 
 # Colours of Okabe and Ito, told apart by colour-blind readers too; markers tell them apart without colour.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-OURS, ORIGINAL, RIVAL = (BLUE, "o"), (ORANGE, "s"), (GREEN, "D")
+SKY = "#56B4E9"
+OURS, ORIGINAL, RIVAL, TORCH = (BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (SKY, "^")
 STYLE = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -75,16 +77,18 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Picture]:
         figures = [
             ("speed_up", "Speed-up of each op", speed_ups(comparisons, place)),
             ("share_of_floor", "Share of the floor of each op", shares(comparisons, place)),
-            ("memory_against_boxes", "Extra memory against boxes", memory(comparisons, place)),
             *(
-                (f"cost_against_{axis}", f"Cost against {GROWTH[axis]}", cost(comparisons, place, axis))
-                for axis in CURVES
+                (f"memory_against_{axis}", f"Extra memory against {text}", memory(comparisons, place, axis))
+                for axis, text in GROWTH.items()
+            ),
+            *(
+                (f"cost_against_{axis}", f"Cost against {text}", cost(comparisons, place, axis))
+                for axis, text in GROWTH.items()
             ),
         ]
-        slug = "".join(letter if letter.isalnum() else "_" for letter in place.kind)
         for name, text, figure in figures:
             if figure is not None:
-                path = folder / f"{name}.{slug}.png"
+                path = folder / f"{name}.{slug(place.kind)}.png"
                 save(figure, path)
                 drawn.append(Picture(place, text, path.name))
     return drawn
@@ -121,32 +125,6 @@ def _ordered(ops: Iterable[str]) -> list[str]:
     return sorted(set(ops), key=lambda op: (known.index(op) if op in known else len(known), op))
 
 
-# The case that stands for an op, the first of these that was measured; failing that, its last one.
-REPRESENTATIVE = (
-    *("8 pictures, 100 boxes each", "1 picture, 100 boxes", "8 pictures", "1 picture"),
-    "512 boxes to 7x7, ratio 2",
-)
-
-
-def representatives(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """One case of each op in every mode in which it was timed beside a rival.
-
-    Inside a CUDA graph where there is one, in the first of its dtypes.
-    """
-    timed = [one for one in comparisons if one.speed_up(one.best_rival) is not None]
-    chosen = []
-    for op in _ordered(one.first.op for one in timed):
-        own = [one for one in timed if one.first.op == op]
-        names = [one.first.case for one in own]
-        case = next((name for name in REPRESENTATIVE if name in names), names[-1])
-        own = [one for one in own if one.first.case == case]
-        for mode in ("forward", "backward", "both"):
-            same = [one for one in own if (one.first.mode, one.first.dtype) == (mode, own[0].first.dtype)]
-            if same:
-                chosen.append(max(same, key=lambda one: one.first.launch == "graph"))
-    return chosen
-
-
 def _label(one: Comparison) -> str:
     mode = {"both": "forward + backward"}.get(one.first.mode, one.first.mode)
     return f"{one.first.op}: {mode}\n{one.first.case}, {one.first.dtype}"
@@ -165,6 +143,8 @@ def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
         ]
         if one.best_rival is not one.baseline:
             marks.append((one.speed_up(one.best_rival), RIVAL, "against the best rival"))
+        if torch_path(one) is not None:
+            marks.append((one.speed_up(torch_path(one)), TORCH, "against this package's torch path"))
         ends = sorted(value for value, _, _ in marks if value is not None)
         axes.plot([min(1, ends[0]), max(1, ends[-1])], [line, line], color="#bbbbbb", zorder=1)
         for value, style, text in marks:
@@ -179,8 +159,8 @@ def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
     values = [
         value
         for one in chosen
-        for value in (one.speed_up(one.baseline), one.speed_up(one.best_rival))
-        if value
+        for rival in (one.baseline, one.best_rival, torch_path(one))
+        if (value := one.speed_up(rival)) is not None
     ]
     axes.set_xlim(0.4 * min(1, *values), 2.5 * max(1, *values))  # room for the numbers
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
@@ -280,8 +260,8 @@ def curves(comparisons: Sequence[Comparison], axis: str, launch: str = "eager") 
     return found
 
 
-def memory(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
-    """Peak memory above the inputs against the number of boxes, this package and the original."""
+def memory(comparisons: Sequence[Comparison], place: Place, axis: str) -> Figure | None:
+    """Peak memory above the inputs along one axis, this package and the original."""
 
     def megabytes(row: Row | None) -> float | None:
         return None if row is None or not row.extra_bytes else row.extra_bytes / 1e6
@@ -289,12 +269,13 @@ def memory(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
     def lines(curve: Curve) -> list[tuple[str, tuple[str, str], tuple[list[int], list[float]]]]:
         return [
             ("original", ORIGINAL, curve.values(lambda one: megabytes(one.baseline))),
+            ("torch path", TORCH, curve.values(lambda one: megabytes(torch_path(one)))),
             ("this package", OURS, curve.values(lambda one: megabytes(one.ours))),
         ]
 
-    return _panels(
-        curves(comparisons, "boxes"), "boxes", lines, "extra memory, MB", f"Memory on {place.device}"
-    )
+    found = curves(comparisons, axis)
+    title = f"Extra memory against {GROWTH[axis]} on {place.device}"
+    return _panels(found, axis, lines, "extra memory, MB", title)
 
 
 def cost(comparisons: Sequence[Comparison], place: Place, axis: str) -> Figure | None:
@@ -318,6 +299,7 @@ def cost(comparisons: Sequence[Comparison], place: Place, axis: str) -> Figure |
         return [
             ("original", ORIGINAL, curve.values(lambda one: time(one.baseline))),
             ("best rival", RIVAL, curve.values(rival)),
+            ("torch path", TORCH, curve.values(lambda one: time(torch_path(one)))),
             ("this package", OURS, curve.values(lambda one: time(one.ours))),
         ]
 
@@ -387,9 +369,10 @@ def _name_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 def _others(curve: Curve, axis: str) -> str:
     """What stays the same along a curve."""
     shape = next(iter(curve.points.values())).first.shape
+    each = "" if shape.get("images") == 1 and axis != "images" else " each"
     words = {
-        "images": lambda count: f"{count} picture" + ("s" if count > 1 else ""),
-        "boxes": lambda count: f"{count} boxes each" if count else "",
+        "images": lambda count: "1 picture" if count == 1 else f"{count} pictures",
+        "boxes": lambda count: {0: "", 1: "1 box"}.get(count, f"{count} boxes") + (each if count else ""),
         "canvas": lambda side: f"{side} px",
     }
     fixed = [word(shape[name]) for name, word in words.items() if name != axis and name in shape]

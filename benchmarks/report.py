@@ -1,39 +1,63 @@
 """Tables and plots of all rows: `python -m benchmarks.report`.
 
-Writes README.md and PNG files beside the rows. The same rows give the same text; plots need matplotlib and are
-left out, with their links, where it is missing.
+Writes README.md and PNG files beside the rows, and of the rows of this repository the table of its README. The same
+rows give the same text; plots need matplotlib and are left out, with their links, where it is missing.
 """
 
 import argparse
+import datetime
 import importlib.util
+import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks import roofline
-from benchmarks.comparison import BASELINES, Comparison, Place, compare, places
+from benchmarks.comparison import BASELINES, Comparison, Place, compare, median, places
 from benchmarks.registry import BENCHMARKS, OPS
-from benchmarks.rows import RESULTS, Row, read_all
+from benchmarks.rows import RESULTS, Row, add, read_all
 
 if TYPE_CHECKING:
     from benchmarks.plots import Picture
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN = "<!-- benchmarks: what follows is written by `python -m benchmarks.report`; do not edit -->"
+END = "<!-- benchmarks: end -->"
 
 TITLE = """# Benchmark results
 
 Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one JSON object a line); do not edit.
 
-- Every provider's results were compared with float64 before it was timed. **× original** is the original's time
-  divided by this package's (for `roi_align` torchvision's), **× best rival** the same for the fastest of everything
-  else that ran, the original among them. Below 1 this package is slower, and the cell says so.
-- Both times of a ratio come from one run, side by side. Medians; p20 to p80 says how far they spread.
-- **of floor** is the least time that the device allows (bytes / copy bandwidth or FLOPs / matmul rate, both measured
-  on it in the same run) divided by this package's time: 100% is as fast as the device can be.
+- Every provider's results were compared with a reference before it was timed; each table names it. **× original** is
+  the original composition's time divided by this package's (of plain RoIAlign **× torchvision**), **× best rival** the
+  same for the fastest of everything else that ran, the original among them. Below 1 this package is slower, and the
+  cell says so.
+- Both times of a ratio come from one run, side by side. Medians of n calls or, in a CUDA graph, of n samples; p20 to
+  p80 says how far they spread, and *noisy* that of one side p80 is more than {noisy:g} times p20.
+- **of floor** is the least time that the device allows (bytes / bandwidth or FLOPs / matmul rate, both measured on it
+  in the same run and named with each table) divided by this package's time.
 - **extra** is peak memory above the inputs.
 """
+# p80 / p20 of times that something else on the machine disturbed.
+NOISY = 1.3
+# Extra memory, as a multiple of the baseline's, from which on the tables call it more.
+MORE = 1.05
+# What a time leaves out or holds, by benchmark.
+NOTES = {
+    "pooled_roi_align": "Backward computes the gradients of the stage maps; MG-LLaVA's own training, with frozen "
+    "towers, does not need them.",
+    "first_token": "Pixel tensors and token ids to logits: without preprocessing and tokenising.",
+    "generation": "A whole answer: its rate counts the first token, so pictures and prompt too.",
+    "training_step": "Loss and gradients of stage 1, without the optimiser's update.",
+}
+NONE = ", 0 boxes"
+NO_BOXES = (
+    "0 boxes is where the curves begin, not a case of the model: it gives such a picture one all-zero box."
+)
 
 CPU_NOTE = (
     "Only ratios: absolute times of a CPU depend on the machine and on what else it does, and are not to be "
@@ -70,7 +94,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
 
 
 def markdown(
-    rows: Sequence[Row], pictures: Sequence[tuple[str, str]] = (), predicted: str = PREDICTED
+    rows: Sequence[Row],
+    pictures: Sequence["Picture"] = (),
+    predicted: str = PREDICTED,
+    ablation: Sequence[str] = (),
 ) -> str:
     """The whole text.
 
@@ -78,13 +105,20 @@ def markdown(
         rows: of any devices.
         pictures: the plots to show.
         predicted: key of `roofline.VENDOR` for the prediction where there are no rows of a GPU.
+        ablation: names of its files, a table and a plot, as far as there are any.
     """
-    lines = [TITLE]
+    lines = [TITLE.format(noisy=NOISY)]
     by_place = places(rows)
-    if all(place.kind == "cpu" for place in by_place):
-        lines += _prediction(predicted)
+    no_gpu = all(place.kind == "cpu" for place in by_place)
+    if no_gpu:
+        lines += ["**GPUs: not yet measured**; a [prediction](#gpus-not-yet-measured) is at the end.", ""]
+    for name in ablation:
+        shown = name.endswith(".png")
+        lines += [f"![What each part of the model adds]({name})" if shown else f"[Ablation]({name})", ""]
     for place, own in by_place.items():
         lines += _section(place, own, [picture for picture in pictures if picture.place == place])
+    if no_gpu:
+        lines += _prediction(predicted)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -95,40 +129,112 @@ def _prediction(name: str) -> list[str]:
     lines += [
         "No run on a GPU is recorded. `python benchmarks/gpu_suite.py` makes one. Until then only a **prediction**: "
         f"the least times that {ceilings.device} could reach, {dtype}, {mode}, from {ceilings.bandwidth / 1e12:.3g} "
-        f"TB/s and {ceilings.matmul[dtype] / 1e12:.0f} TFLOP/s ({ceilings.source}). Nothing ran at these times, and "
-        "no implementation can be faster.",
+        f"TB/s and {ceilings.matmul[dtype] / 1e12:.0f} TFLOP/s ({ceilings.source}). Nothing ran at these times. "
+        f"`python -m benchmarks roofline --device {name}` prints every case.",
         "",
     ]
     cells = []
     for benchmark in OPS.values():
-        for case in benchmark.cases:
-            if mode in case.modes and benchmark.cost is not None:
-                cost = benchmark.cost(case.sizes, getattr(torch, dtype), mode)
-                by_bytes = cost.bytes / ceilings.bandwidth >= cost.flops / ceilings.matmul[dtype]
-                cells.append(
-                    (
-                        *(benchmark.name, case.name, f"{cost.bytes / 1e6:,.1f}", f"{cost.flops / 1e9:,.2f}"),
-                        f"{ceilings.floor_ms(cost, dtype) * 1e3:,.1f}",
-                        "bytes" if by_bytes else "FLOPs",
-                    )
+        by_name = {case.name: case for case in benchmark.cases}
+        case = by_name[_representative(list(by_name))]
+        if benchmark.cost is not None:
+            cost = benchmark.cost(case.sizes, getattr(torch, dtype), mode)
+            by_bytes = cost.bytes / ceilings.bandwidth >= cost.flops / ceilings.matmul[dtype]
+            cells.append(
+                (
+                    *(benchmark.name, case.name, f"{cost.bytes / 1e6:,.1f}", f"{cost.flops / 1e9:,.2f}"),
+                    f"{ceilings.floor_ms(cost, dtype) * 1e3:,.1f}",
+                    "bytes" if by_bytes else "FLOPs",
                 )
+            )
     return [*lines, *table(("op", "case", "MB", "GFLOP", "predicted floor, µs", "bound by"), cells, 2), ""]
 
 
+# The case that stands for an op, the first of these that there is; failing that, the last one.
+REPRESENTATIVE = (
+    *("8 pictures, 100 boxes each", "1 picture, 100 boxes", "8 pictures", "1 picture"),
+    "512 boxes to 7x7, ratio 2",
+)
+
+
+def _representative(cases: Sequence[str]) -> str:
+    return next((name for name in REPRESENTATIVE if name in cases), cases[-1])
+
+
+def representatives(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """One case of each op in every mode in which it was timed beside a rival, and the op's worst comparison.
+
+    Inside a CUDA graph where there is one, in the first of its dtypes.
+    """
+    timed = [one for one in comparisons if one.speed_up(one.best_rival) is not None]
+    chosen = []
+    for op in _ops(one.first for one in timed):
+        own = [one for one in timed if one.first.op == op]
+        if any(one.first.launch == "graph" for one in own):
+            own = [one for one in own if one.first.launch == "graph"]
+        case = _representative([one.first.case for one in own])
+        dtype = next(one.first.dtype for one in own if one.first.case == case)
+        picked = [one for one in own if (one.first.case, one.first.dtype) == (case, dtype)]
+        # A picture without any box is no case of the model (`NO_BOXES`).
+        of_model = [one for one in own if NONE not in one.first.case]
+        worst = min(of_model or own, key=lambda one: one.speed_up(one.best_rival) or 0.0)
+        if not any(one is worst for one in picked):
+            picked.append(worst)
+        chosen += sorted(picked, key=lambda one: (one is worst, _MODES.index(one.first.mode)))
+    return chosen
+
+
+_MODES = ("forward", "backward", "both")
+
+
 def _section(place: Place, rows: Sequence[Row], pictures: Sequence["Picture"]) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in place.versions)
-    lines = [f"## {place.device}", "", f"{versions}.", ""]
+    lines = [f"## {place.device}", "", f"{_versions(place)}.", ""]
     if place.kind == "cpu":
         lines += [CPU_NOTE, ""]
+    lost = [text for one in compare(rows) for text in losses(one)]
+    if lost:
+        lines += ["Where it is slower or takes more memory:", "", *(f"- {text}" for text in lost), ""]
     lines += [line for picture in pictures for line in (f"![{picture.text}]({picture.name})", "")]
     for op in _ops(rows):
         own = [row for row in rows if row.op == op]
         lines += [f"### {op}", "", conditions(own), ""]
         comparisons = [one for one in compare(own) if _is_listed(one)]
         lines += (_cpu_table if place.kind == "cpu" else _gpu_table)(comparisons)
-        lines += _origins(own)
+        lines += _notes(op, own)
         lines += _not_timed(own)
     return lines
+
+
+def _versions(place: Place) -> str:
+    return ", ".join(f"{name} {version}" for name, version in place.versions)
+
+
+def losses(one: Comparison) -> Iterator[str]:
+    """Each way in which this package lost: slower than another, than its own torch path, or with more memory."""
+    where = f"`{one.first.op}`, {_where(one.first)}"
+    best = one.best_rival
+    slower = [rival for rival in (one.baseline, best, torch_path(one)) if (one.speed_up(rival) or 1.0) < 1]
+    for rival in {id(rival): rival for rival in slower}.values():
+        name = "this package's torch path" if rival is torch_path(one) else f"`{rival.provider}`"
+        yield f"{where}: **{one.speed_up(rival):.2f} times as fast** as {name}"
+    # The memory of a graph is that of the call it holds.
+    more = one.memory_ratio() if one.first.launch == "eager" else None
+    if more is not None and more >= MORE:
+        yield f"{where}: **{_short(more)} times the memory** of `{one.baseline.provider}`"
+
+
+def torch_path(one: Comparison) -> Row | None:
+    """This package without Triton, where Triton was timed too."""
+    row = one.timed("torch")
+    return None if row is one.ours else row
+
+
+def _where(row: Row) -> str:
+    return f"{row.case}, {row.dtype}, {row.mode}" + (", in a CUDA graph" if row.launch == "graph" else "")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _ops(rows: Iterable[Row]) -> list[str]:
@@ -139,11 +245,26 @@ def _ops(rows: Iterable[Row]) -> list[str]:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    """Where, with which code and when rows were measured."""
+    """Where, with which code, when, and beside which rates of the device rows were measured."""
     commits = sorted({row.commit or "no git checkout" for row in rows})
     first, last = (choose(row.run for row in rows).replace("T", " ")[:16] for choose in (min, max))
     when = first if first == last else f"{first} to {last}"
-    return f"{rows[0].device}; commit {', '.join(commits)}; {when} UTC."
+    pieces = [rows[0].device, f"commit {', '.join(commits)}", f"{when} UTC"]
+    bandwidths = [row.bandwidth for row in rows if row.bandwidth is not None]
+    if bandwidths:
+        pieces.append(f"memory {_rates(bandwidths, 'B/s')}")
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        rates = [row.matmul_rate for row in rows if row.dtype == dtype and row.matmul_rate is not None]
+        if rates:
+            pieces.append(f"{dtype} matmul {_rates(rates, 'FLOP/s')}")
+    return "; ".join(pieces) + "."
+
+
+def _rates(values: Sequence[float], unit: str) -> str:
+    """The rate, or the least and the most; in G or T of the unit."""
+    scale, prefix = (1e12, "T") if max(values) >= 1e12 else (1e9, "G")
+    texts = dict.fromkeys(f"{value / scale:.3g}" for value in (min(values), max(values)))
+    return f"{' to '.join(texts)} {prefix}{unit}"
 
 
 def _is_listed(comparison: Comparison) -> bool:
@@ -179,7 +300,29 @@ def _share(comparison: Comparison) -> str:
 
 
 def _ours_memory(comparison: Comparison) -> str:
-    return _megabytes(None if comparison.ours is None else comparison.ours.extra_bytes)
+    """Megabytes; in bold with the ratio if the baseline needs less."""
+    text = _megabytes(None if comparison.ours is None else comparison.ours.extra_bytes)
+    more = comparison.memory_ratio()
+    return text if more is None or more < MORE else f"**{text}, {_short(more)} times as much**"
+
+
+def _baseline_name(comparisons: Sequence[Comparison]) -> str:
+    """Of an op: the first of BASELINES that is in its rows."""
+    names = {name for one in comparisons for name in one.rows}
+    return next((name for name in BASELINES if name in names), BASELINES[0])
+
+
+def _is_noisy(*rows: Row | None) -> bool:
+    times = [row.milliseconds for row in rows if row is not None and row.milliseconds is not None]
+    return any(one["p80"] > NOISY * one["p20"] for one in times)
+
+
+def _spread(comparison: Comparison, text: str) -> str:
+    return f"{text}, *noisy*" if _is_noisy(comparison.ours, comparison.baseline) else text
+
+
+def _samples(comparison: Comparison) -> str:
+    return "-" if comparison.ours is None or not comparison.ours.samples else str(comparison.ours.samples)
 
 
 def _cpu_table(comparisons: Sequence[Comparison]) -> list[str]:
@@ -187,22 +330,28 @@ def _cpu_table(comparisons: Sequence[Comparison]) -> list[str]:
         one.best_rival is not None and one.best_rival is not one.baseline and one.baseline is not None
         for one in comparisons
     )
-    header = ["case", "mode", "dtype", "× original", "p20 to p80"]
+    name = _baseline_name(comparisons)
+    header = ["case", "mode", "dtype", f"× {name}", "p20 to p80", "n"]
     header += ["× best rival"] if several else []
-    header += ["of floor", "extra MB", "original's", "error", *_detail_names(comparisons)]
+    header += ["of floor", "extra MB", f"{name}'s", "error", *_detail_names(comparisons)]
     cells = []
     for one in comparisons:
         baseline, rival = one.baseline, one.best_rival
         spread = one.speed_up_range(baseline) if baseline is not None else None
         row = [one.first.case, _mode(one), one.first.dtype, _ours(one, _against_baseline(one))]
-        row.append("-" if spread is None else f"{ratio_text(spread[0])} to {ratio_text(spread[1])}")
+        row.append(
+            "-" if spread is None else _spread(one, f"{ratio_text(spread[0])} to {ratio_text(spread[1])}")
+        )
+        row.append(_samples(one))
         if several:
-            name = "" if rival is None else f" ({rival.provider})"
-            row.append(ratio(one.speed_up(rival)) + name)
-        original = _megabytes(None if baseline is None else baseline.extra_bytes)
-        row += [_share(one), _ours_memory(one), original, _error(one)]
+            row.append(ratio(one.speed_up(rival)) + ("" if rival is None else f" ({rival.provider})"))
+        row += [_share(one), _ours_memory(one), _baseline_memory(one), _error(one)]
         cells.append([*row, *_details(one, comparisons, absolute=False)])
     return [*table(header, cells, 3), ""]
+
+
+def _baseline_memory(comparison: Comparison) -> str:
+    return _megabytes(None if comparison.baseline is None else comparison.baseline.extra_bytes)
 
 
 def ratio_text(value: float) -> str:
@@ -211,37 +360,32 @@ def ratio_text(value: float) -> str:
 
 
 def _gpu_table(comparisons: Sequence[Comparison]) -> list[str]:
-    header = [
-        "case",
-        "mode",
-        "dtype",
-        "launch",
-        "ms",
-        "p20 to p80",
-        "original, ms",
-        "× original",
-        "best rival, ms",
-    ]
-    header += ["× best rival", "of floor", "extra MB", "original's", "error", *_detail_names(comparisons)]
+    name = _baseline_name(comparisons)
+    header = ["case", "mode", "dtype", "launch", "ms", "p20 to p80", "n", f"{name}, ms", f"× {name}"]
+    header += ["best rival, ms", "× best rival", "torch path, ms", "× torch path"]
+    header += ["of floor", "extra MB", f"{name}'s", "error", *_detail_names(comparisons)]
     cells = []
     for one in comparisons:
-        ours, baseline, rival = one.ours, one.baseline, one.best_rival
-        times = ours.milliseconds if ours is not None else None
+        rival, own_torch = one.best_rival, torch_path(one)
+        times = one.ours.milliseconds if one.ours is not None else None
         first = one.first
         row = [first.case, _mode(one), first.dtype, first.launch]
         row.append(_ours(one, "" if times is None else _milliseconds(times["median"])))
         row.append(
-            "-" if times is None else f"{_milliseconds(times['p20'])} to {_milliseconds(times['p80'])}"
+            "-"
+            if times is None
+            else _spread(one, f"{_milliseconds(times['p20'])} to {_milliseconds(times['p80'])}")
         )
-        row.append("-" if baseline is None else _milliseconds(baseline.milliseconds["median"]))
-        row.append(_against_baseline(one))
-        row.append(
-            "-" if rival is None else f"{_milliseconds(rival.milliseconds['median'])} ({rival.provider})"
-        )
-        original = _megabytes(None if baseline is None else baseline.extra_bytes)
-        row += [ratio(one.speed_up(rival)), _share(one), _ours_memory(one), original, _error(one)]
+        row += [_samples(one), _median(one.baseline), _against_baseline(one)]
+        row.append(_median(rival) + ("" if rival is None else f" ({rival.provider})"))
+        row += [ratio(one.speed_up(rival)), _median(own_torch), ratio(one.speed_up(own_torch))]
+        row += [_share(one), _ours_memory(one), _baseline_memory(one), _error(one)]
         cells.append([*row, *_details(one, comparisons, absolute=True)])
     return [*table(header, cells, 4), ""]
+
+
+def _median(row: Row | None) -> str:
+    return "-" if row is None else _milliseconds(median(row))
 
 
 def _detail_names(comparisons: Sequence[Comparison]) -> list[str]:
@@ -268,8 +412,19 @@ def _details(comparison: Comparison, all_of_them: Sequence[Comparison], absolute
     return cells
 
 
-def _origins(rows: Sequence[Row]) -> list[str]:
-    return [f"Sizes: {'; '.join(dict.fromkeys(row.origin for row in rows))}.", ""]
+def _notes(op: str, rows: Sequence[Row]) -> list[str]:
+    """What one has to know to read a table: origin of the sizes, reference, what a time leaves out."""
+    references = dict.fromkeys(row.reference for row in rows if row.reference is not None)
+    pieces = [f"Sizes: {'; '.join(dict.fromkeys(row.origin for row in rows))}."]
+    pieces += [f"Compared with: {'; '.join(references)}."] if references else []
+    pieces += [NOTES[op]] if op in NOTES else []
+    if any(NONE in row.case for row in rows):
+        pieces.append(NO_BOXES)
+    notes = [(row.provider, note) for row in rows for note in (row.note or "").split("; ")]
+    # What is noisy says so in its cell.
+    notes = [(name, note) for name, note in notes if note and not note.startswith("noisy")]
+    pieces += [f"`{name}`: {note}." for name, note in dict.fromkeys(notes)]
+    return [" ".join(pieces), ""]
 
 
 def _not_timed(rows: Sequence[Row]) -> list[str]:
@@ -277,10 +432,7 @@ def _not_timed(rows: Sequence[Row]) -> list[str]:
     reasons: dict[tuple[bool, str, str], list[str]] = {}
     for row in rows:
         if row.reason is not None:
-            where = f"{row.case}, {row.dtype}, {row.mode}" + (
-                ", in a CUDA graph" if row.launch == "graph" else ""
-            )
-            reasons.setdefault((not row.wrong, row.provider, row.reason), []).append(where)
+            reasons.setdefault((not row.wrong, row.provider, row.reason), []).append(_where(row))
     if not reasons:
         return []
     lines = ["Not timed:", ""]
@@ -289,6 +441,123 @@ def _not_timed(rows: Sequence[Row]) -> list[str]:
         reason = " ".join(reason.replace("|", "\\|").split())
         lines.append(f"- {'' if right else '**wrong**: '}`{provider}`: {reason} ({where})")
     return [*lines, ""]
+
+
+# What the repository's README shows of the neck; of other ops their representatives.
+README_CASES = (
+    *("1 picture, 1 box", "1 picture, 10 boxes", "1 picture, 100 boxes"),
+    *("8 pictures, 100 boxes each", "32 pictures, 100 boxes each"),
+)
+README_PLOTS = {"speed_up": "Speed-up of each op", "cost_against_boxes": "Cost against boxes"}
+
+
+def readme(rows: Sequence[Row], folder: Path = RESULTS) -> str:
+    """What the repository's README shows between its marks: of the newest GPU and the newest CPU, a table and plots."""
+    newest: dict[bool, tuple[Place, list[Row]]] = {}
+    for place, own in places(rows).items():
+        newest.setdefault(place.kind == "cpu", (place, own))
+    lines: list[str] = []
+    if False not in newest:
+        lines += ["**No run on a GPU is recorded yet.**", ""]
+    for place, own in newest.values():
+        lines += _summary(place, own)
+        for name, text in README_PLOTS.items():
+            path = folder / f"{name}.{slug(place.kind)}.png"
+            if path.is_file():
+                lines += [f"![{text}](benchmarks/results/{path.name})", ""]
+    return "\n".join(lines)
+
+
+def slug(kind: str) -> str:
+    """The kind of a device in the names of files."""
+    return "".join(letter if letter.isalnum() else "_" for letter in kind)
+
+
+def _summary(place: Place, rows: Sequence[Row]) -> list[str]:
+    comparisons = [one for one in compare(rows) if one.speed_up(one.baseline) is not None]
+    lines = [
+        f"{conditions(rows)} {_versions(place)}. Median time of the original composition, of plain RoIAlign "
+        "torchvision's, divided by this package's, both from one run; the same of peak memory above the inputs.",
+        "",
+    ]
+    if any(one.first.launch == "graph" for one in comparisons):
+        comparisons = [
+            one for one in comparisons if one.first.launch == "graph" or not _has_graph(one, comparisons)
+        ]
+    shown: dict[tuple[str, str, str], dict[str, Comparison]] = {}
+    chosen = [(one.first.op, one.first.case, one.first.dtype) for one in representatives(comparisons)]
+    for one in comparisons:
+        first = one.first
+        key = (first.op, first.case, first.dtype)
+        if key in chosen or (first.op == "neck" and first.case in README_CASES):
+            shown.setdefault(key, {})[first.mode] = one
+    cells = []
+    for op in _ops(rows):
+        for (name, case, dtype), by_mode in shown.items():
+            if name == op:
+                times = [by_mode.get(mode) for mode in ("forward", "both")]
+                against = [ratio(None if one is None else one.speed_up(one.baseline)) for one in times]
+                cells.append((f"`{op}`", case, dtype, *against, _times_less(times[0])))
+    header = ("", "case", "dtype", "forward", "forward + backward", "memory, forward")
+    lines += [*table(header, cells, 3), ""]
+    lost = [text for one in comparisons for text in losses(one)]
+    number = f"{len(comparisons)} comparisons"
+    lines += [
+        f"Slower or with more memory in {len(lost)} of {number}: {'; '.join(lost)}."
+        if lost
+        else f"No loss in {number}.",
+        "",
+    ]
+    lines += [f"Measuring all of it took about {_minutes(rows):.0f} minutes.", ""]
+    return lines
+
+
+def _has_graph(one: Comparison, comparisons: Sequence[Comparison]) -> bool:
+    first = one.first
+    key = (first.op, first.case, first.dtype, first.mode)
+    return any(
+        (other.first.op, other.first.case, other.first.dtype, other.first.mode) == key
+        for other in comparisons
+        if other.first.launch == "graph"
+    )
+
+
+def _times_less(one: Comparison | None) -> str:
+    share = None if one is None else one.memory_ratio()
+    if not share:
+        return "-"
+    return ratio(1 / share).replace("slower", "more")
+
+
+# A measurement that takes longer, in seconds, was followed by a break.
+LONGEST = 900.0
+
+
+def _minutes(rows: Sequence[Row]) -> float:
+    """About how long it took to measure rows: from the beginning of each measurement to that of the next."""
+    stamps = sorted({datetime.datetime.fromisoformat(row.run) for row in rows})
+    steps = [(later - first).total_seconds() for first, later in itertools.pairwise(stamps)]
+    return sum(step for step in steps if step <= LONGEST) / 60
+
+
+def update_readme(rows: Sequence[Row], path: Path = README) -> None:
+    """Write `readme` between the marks of a file.
+
+    Raises:
+        ValueError: it has no marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no lines {BEGIN!r} and {END!r}")
+    _replace(path, f"{before}{BEGIN}\n\n{readme(rows)}\n{END}{after}")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def write(folder: Path = RESULTS, predicted: str = PREDICTED) -> list[Path]:
@@ -300,10 +569,13 @@ def write(folder: Path = RESULTS, predicted: str = PREDICTED) -> list[Path]:
 
         pictures = plots.draw_all(rows, folder)
     path = folder / "README.md"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(markdown(rows, pictures, predicted), encoding="utf-8")
-    os.replace(partial, path)
-    return [path, *(folder / picture.name for picture in pictures)]
+    ablation = [name for name in ("ablation.md", "ablation.png") if (folder / name).is_file()]
+    _replace(path, markdown(rows, pictures, predicted, ablation))
+    written = [path, *(folder / picture.name for picture in pictures)]
+    if folder.resolve() == RESULTS.resolve():
+        update_readme(rows)
+        written.append(README)
+    return written
 
 
 def main() -> None:
@@ -317,9 +589,20 @@ def main() -> None:
         choices=roofline.VENDOR,
         help="of the prediction where no GPU was measured; default %(default)s",
     )
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        metavar="FOLDER",
+        help="first add the rows of another folder, such as a GPU suite's",
+    )
     options = parser.parse_args()
     if not options.results.is_dir():
         parser.error(f"--results {options.results}: no such folder")
+    if options.merge is not None:
+        more = read_all(options.merge)
+        if not more:
+            parser.error(f"--merge {options.merge}: no rows there")
+        add(more, options.results)
     for path in write(options.results, options.device):
         print(path)
     if importlib.util.find_spec("matplotlib") is None:

@@ -2,14 +2,17 @@
 
 The record is a JSON object a line: first the share (`{"share": [...], "collected": N}`), then for each test
 `{"start": id}` and `{"test": id, "outcome": ..., "seconds": ..., "reason": ...}`. Tests with a result in the record
-are not run again. After a failure the session ends, for an error of CUDA spoils every later call of its process.
+are not run again. The session ends after a failure that leaves the GPU unusable for its process.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.shards import read
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,19 +73,20 @@ class Recorder:
         self._write(
             {"test": report.nodeid, "outcome": outcome, "seconds": round(seconds, 3), "reason": reason}
         )
-        if failed and self.session is not None:
-            self.session.shouldstop = "a test failed: the others run in a new process"
+        if failed and self.session is not None and _gpu_is_lost():
+            self.session.shouldstop = "the GPU answers no more: the others run in a new process"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record; none if there is no file. A line cut off by a kill is passed over."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+def _gpu_is_lost() -> bool:
+    """Whether an error, such as an illegal memory access, makes every further CUDA call of this process fail."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:

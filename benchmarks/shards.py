@@ -1,8 +1,8 @@
 """Run tests in several processes at once: `python -m benchmarks.shards --folder DIR tests/kernels`.
 
-For machines where pytest is all there is. A failed test ends its process and the rest of its share goes on in a new
-one, as it does after a crash or a test that hangs; what has a result in DIR is not run again. Ends with 0 if all
-tests passed, 1 if any failed, 3 if some were not run.
+For machines where pytest is all there is. After a crash, a test that hangs or an error that the GPU does not recover
+from, the rest of a share goes on in a new process; what has a result in DIR is not run again. Ends with 0 if all tests
+passed, 1 if any failed, 3 if some were not run.
 """
 
 import argparse
@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from benchmarks.shard_plugin import read
 
 ROOT = Path(__file__).resolve().parents[1]
 HANGS_AFTER = 240.0
@@ -45,10 +43,41 @@ class Results:
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no tests"
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record; none if there is no file. A line cut off by a kill is passed over."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def records_of(folder: Path) -> list[Path]:
+    """The records in a folder."""
+    return sorted(folder.glob("shard-*.jsonl"))
+
+
+def forget(folder: Path, passed: bool) -> None:
+    """Drop what is recorded of tests that failed, so that they run again; of those that `passed`, too."""
+    for path in records_of(folder):
+        if passed:
+            path.unlink()
+            continue
+        kept = [record for record in read(path) if record.get("outcome") != "failed"]
+        # A start without a result would count as a crash.
+        done = {record["test"] for record in kept if "test" in record}
+        kept = [record for record in kept if "start" not in record or record["start"] in done]
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(partial, path)
+
+
 def read_results(folder: Path) -> Results:
     """Of all records in a folder."""
     results = Results()
-    for path in sorted(folder.glob("shard-*.jsonl")):
+    for path in records_of(folder):
         for record in read(path):
             results.collected = max(results.collected, record.get("collected", 0))
             if record.get("outcome") == "failed":
@@ -160,10 +189,14 @@ def main() -> None:
         "--shards", type=int, default=min(12, _cores()), help="processes; default %(default)s"
     )
     parser.add_argument("--hangs-after", type=float, default=HANGS_AFTER, help="seconds; default %(default)s")
+    parser.add_argument("--retry", action="store_true", help="run failed tests again, too")
+    parser.add_argument("--fresh", action="store_true", help="run all tests again")
     parser.add_argument("arguments", nargs="*", help="files and folders for pytest, and its options")
     options, for_pytest = parser.parse_known_args()
     # What stops this program stops its children too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if options.retry or options.fresh:
+        forget(options.folder, passed=options.fresh)
     errors = run([*options.arguments, *for_pytest], options.folder, options.shards, options.hangs_after)
     results = read_results(options.folder)
     for test, reason in sorted(results.failed.items()):

@@ -50,7 +50,7 @@ def test_a_cpu_shows_ratios_and_no_times():
         [row("original", 345.678, extra_bytes=4_000_000_000), row("torch", 31.0, extra_bytes=44_200_000)]
     )
     assert column(text, "1 picture, 10 boxes", "× original") == "11.2"
-    assert column(text, "1 picture, 10 boxes", "p20 to p80") == "8.03 to 15.5"
+    assert column(text, "1 picture, 10 boxes", "p20 to p80") == "8.03 to 15.5, *noisy*"
     assert column(text, "1 picture, 10 boxes", "extra MB") == "44.2"
     assert column(text, "1 picture, 10 boxes", "original's") == "4,000.0"
     assert "345" not in text
@@ -65,9 +65,55 @@ def test_conditions_stand_beside_the_table():
     assert "Sizes: a test." in text
 
 
+def test_the_device_s_own_rates_stand_beside_the_table():
+    slow, fast = {"bandwidth": 11.94e9, "matmul_rate": 321e9}, {"bandwidth": 12.4e9, "matmul_rate": 321e9}
+    text = report.markdown([row("original", **slow), row(**slow), row(case="another case", **fast)])
+    assert "UTC; memory 11.9 to 12.4 GB/s; float32 matmul 321 GFLOP/s." in text
+    text = report.markdown([gpu_row(bandwidth=3.1e12, matmul_rate=8e14)])
+    assert "UTC; memory 3.1 TB/s; bfloat16 matmul 800 TFLOP/s." in text
+
+
+def test_what_numbers_should_be_read_with_stands_below_the_table():
+    noted = {"note": "on one thread; noisy: p80 / p20 is 1.4", "reference": "literal composition in float64"}
+    text = report.markdown([row("original", **noted), row(), row(op="generation", case="a model")])
+    assert text.count("`original`: on one thread.") == 1
+    assert "Compared with: literal composition in float64." in text
+    assert "its rate counts the first token" in text
+    assert report.NO_BOXES not in text
+    assert report.NO_BOXES in report.markdown([row(case="1 picture, 0 boxes")])
+
+
 def test_a_loss_is_said_as_plainly_as_a_win():
-    text = report.markdown([row("original", 8.0), row("torch", 10.0)])
+    text = report.markdown(
+        [row("original", 8.0, extra_bytes=10**8), row("torch", 10.0, extra_bytes=8 * 10**8)]
+    )
     assert column(text, "1 picture, 10 boxes", "× original") == "**0.80, slower**"
+    assert column(text, "1 picture, 10 boxes", "extra MB") == "**800.0, 8.0 times as much**"
+    listed = text.partition("Where it is slower or takes more memory:")[2].splitlines()[2:4]
+    assert listed == [
+        "- `neck`, 1 picture, 10 boxes, float32, forward: **0.80 times as fast** as `original`",
+        "- `neck`, 1 picture, 10 boxes, float32, forward: **8.0 times the memory** of `original`",
+    ]
+    won = report.markdown(
+        [row("original", 10.0, extra_bytes=8 * 10**8), row("torch", 8.0, extra_bytes=8 * 10**8)]
+    )
+    assert "**" not in won.partition("\n## ")[2].partition("\n## ")[0]
+
+
+def test_ratios_are_named_after_what_they_are_against():
+    text = report.markdown([row("torchvision", 8.0, op="roi_align"), row("torch", 2.0, op="roi_align")])
+    assert column(text, "1 picture, 10 boxes", "× torchvision") == "4.00"
+    assert "× original |" not in text
+
+
+def test_times_that_spread_are_marked_with_their_number():
+    still = {"min": 9.0, "p20": 9.5, "median": 10.0, "p80": 10.5, "max": 11.0}
+    calm = [row("original", samples=7, milliseconds=still), row("torch", samples=7, milliseconds=still)]
+    text = report.markdown(calm)
+    assert "noisy" not in column(text, "1 picture, 10 boxes", "p20 to p80")
+    assert column(text, "1 picture, 10 boxes", "n") == "7"
+    disturbed = row("original", milliseconds=still | {"p80": 13.0})
+    assert "*noisy*" in column(report.markdown([disturbed, calm[1]]), "1 picture, 10 boxes", "p20 to p80")
 
 
 def test_a_ratio_is_of_one_run():
@@ -109,6 +155,9 @@ def test_a_gpu_shows_times_and_the_best_rival():
     assert column(text, start, "× original") == "15.0"
     assert column(text, start, "best rival, ms") == "6.0000 (original max-autotune)"
     assert column(text, start, "× best rival") == "3.00"
+    assert column(text, start, "torch path, ms") == "1.0000"
+    assert column(text, start, "× torch path") == "**0.50, slower**"
+    assert "**0.50 times as fast** as this package's torch path" in text
     assert column(text, start, "of floor") == "62%"
     assert "not yet measured" not in text
 
@@ -120,7 +169,7 @@ def test_launches_and_graphs_have_rows_of_their_own():
         for provider, median in zip(("original", "triton"), medians, strict=True)
     ]
     text = report.markdown(measured)
-    assert [line.split(" | ")[3:8:4] for line in text.splitlines() if line.startswith("| 1 picture")] == [
+    assert [line.split(" | ")[3:9:5] for line in text.splitlines() if line.startswith("| 1 picture")] == [
         ["eager", "2.00"],
         ["graph", "5.00"],
     ]
@@ -171,13 +220,11 @@ def test_without_a_gpu_there_is_a_prediction_marked_as_one():
     section = text.partition("## GPUs: not yet measured")[2].partition("\n## ")[0]
     assert "**prediction**" in section
     assert "NVIDIA A100 80GB SXM" in section
-    # 26.5 MB of maps and the vectors at 2.039 TB/s.
-    line = next(
-        line
-        for line in section.splitlines()
-        if line.startswith("| pooled_roi_align | 1 picture, 100 boxes |")
-    )
-    assert 13.0 < float(line.split(" | ")[4]) < 13.5
+    # Eight times 26.5 MB of maps and the vectors at 2.039 TB/s.
+    line = next(line for line in section.splitlines() if line.startswith("| pooled_roi_align |"))
+    assert line.split(" | ")[1] == "8 pictures, 100 boxes each"
+    assert 100 < float(line.split(" | ")[4]) < 110
+    assert text.index("### neck") < text.index("## GPUs: not yet measured")
     listed = {
         line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.count(" | ") == 5
     }
@@ -222,6 +269,87 @@ def test_without_matplotlib_the_tables_are_written_and_no_plot_is_linked(tmp_pat
     assert ".png" not in (tmp_path / "README.md").read_text()
 
 
+def test_rows_of_another_folder_are_merged_by_key(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    rows.add([gpu_row("original", 9.0), gpu_row(median=3.0)], here)
+    rows.add([gpu_row(median=2.0, run=LATER), gpu_row(median=1.0, case="another case")], there)
+    command = [sys.executable, "-m", "benchmarks.report", "--results", str(here), "--merge"]
+    subprocess.run([*command, str(there)], check=True, cwd=ROOT, capture_output=True)
+    found = {(one.case, one.provider): one.milliseconds["median"] for one in rows.read_all(here)}
+    assert found == {
+        ("1 picture, 10 boxes", "original"): 9.0,
+        ("1 picture, 10 boxes", "triton"): 2.0,
+        ("another case", "triton"): 1.0,
+    }
+    failed = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert "no rows there" in failed.stderr
+
+
+def test_an_ablation_is_shown_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    rows.add([row()], tmp_path)
+    report.write(tmp_path)
+    assert "ablation" not in (tmp_path / "README.md").read_text()
+    for name in ("ablation.md", "ablation.png"):
+        (tmp_path / name).touch()
+    report.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "[Ablation](ablation.md)" in text
+    assert "](ablation.png)" in text
+
+
+def test_the_repository_s_readme_agrees_with_its_rows():
+    """After new rows: python -m benchmarks.report."""
+    text = report.README.read_text(encoding="utf-8")
+    between = text.partition(report.BEGIN)[2].partition(report.END)[0]
+    assert between.strip() == report.readme(rows.read_all()).strip()
+    plots = [line for line in between.splitlines() if line.startswith("![")]
+    assert all((ROOT / line.partition("](")[2].rstrip(")")).is_file() for line in plots)
+    assert len(plots) >= 2
+
+
+def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
+    measured = [
+        row("original", 30.0, extra_bytes=10**9),
+        row("torch", 2.0, extra_bytes=10**8, commit="def"),
+        row("original", 40.0, mode="both"),
+        row("torch", 10.0, mode="both"),
+        row("torchvision", 1.0, op="roi_align", case="large", run="2026-01-01T10:04:00+00:00"),
+        row("torch", 2.0, op="roi_align", case="large", run="2026-01-01T10:04:00+00:00"),
+        # After a night.
+        row("torch", 2.0, op="conv_gate", case="1 picture", run=LATER),
+    ]
+    text = report.readme(measured, tmp_path)
+    assert cells(text, "`neck`") == ["`neck`", "1 picture, 10 boxes", "float32", "15.0", "4.00", "10.0"]
+    assert cells(text, "`roi_align`") == ["`roi_align`", "large", "float32", "**0.50, slower**", "-", "-"]
+    assert "Slower or with more memory in 1 of 3 comparisons: `roi_align`, large, float32, forward" in text
+    assert "a CPU, 2 threads; commit abc, def; 2026-01-01 10:00" in text
+    assert "torch 2.11" in text
+    assert "about 4 minutes" in text
+    assert "No run on a GPU is recorded yet" in text
+    assert ".png" not in text
+    (tmp_path / "speed_up.cpu.png").touch()
+    assert "](benchmarks/results/speed_up.cpu.png)" in report.readme(measured, tmp_path)
+    both = report.readme([*measured, gpu_row("original", 4.0), gpu_row()], tmp_path)
+    assert both.index("| bfloat16 | 4.00 |") < both.index("a CPU, 2 threads")
+    assert "No run on a GPU" not in both
+
+
+def test_a_readme_without_marks_is_left_alone(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.update_readme([row("original", 9.0), row()], path)
+    text = path.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"\n{report.END}\nafter\n")
+    assert "old" not in text
+    path.write_text("no marks")
+    with pytest.raises(ValueError, match="has no lines"):
+        report.update_readme([row()], path)
+    assert path.read_text() == "no marks"
+
+
 def grown() -> list[Row]:
     """Curves of the neck on a CPU and a GPU; the original is refused at 1,000 boxes."""
     found = []
@@ -258,6 +386,7 @@ def test_plots_are_written_linked_and_the_same_every_time(tmp_path):
     plots = sorted(path for path in written if path.suffix == ".png")
     kinds = ("cpu", "NVIDIA_H100_80GB_HBM3")
     names = ("speed_up", "share_of_floor", "memory_against_boxes", "cost_against_boxes")
+    assert set(report.README_PLOTS) <= set(names)
     assert {path.name for path in plots} == {f"{name}.{kind}.png" for name in names for kind in kinds}
     text = (tmp_path / "README.md").read_text()
     for path in plots:
@@ -266,6 +395,70 @@ def test_plots_are_written_linked_and_the_same_every_time(tmp_path):
     before = {path: path.read_bytes() for path in plots}
     report.write(tmp_path)
     assert {path: path.read_bytes() for path in plots} == before
+
+
+@with_plots
+@pytest.mark.parametrize(("axis", "values"), [("images", (1, 4, 16)), ("canvas", (384, 768, 1536))])
+def test_time_and_memory_are_drawn_against_pictures_and_canvas_too(axis, values):
+    from benchmarks import plots
+
+    measured = []
+    for value in values:
+        shape = {"images": 1, "boxes": 10, "canvas": 768} | {axis: value}
+        case = {"case": f"{axis} {value}", "shape": shape, "extra_bytes": 10**6 * value}
+        measured += [row("original", 9.0 * value, **case), row(median=1.0 * value, **case)]
+    (place,) = places(measured)
+    for draw in (plots.cost, plots.memory):
+        figure = draw(compare(measured), place, axis)
+        assert [tuple(line.get_xdata()) for line in figure.axes[0].get_lines()] == [values, values]
+
+
+@with_plots
+def test_the_torch_path_of_a_gpu_is_a_line_and_a_mark_of_its_own():
+    from benchmarks import plots
+
+    measured = []
+    for boxes in (1, 10, 100):
+        case = {
+            "case": f"1 picture, {boxes} boxes",
+            "shape": {"images": 1, "boxes": boxes, "canvas": 768},
+            "extra_bytes": 10**6,
+        }
+        times = (("original", 9.0 * boxes), ("torch", 3.0 * boxes), ("triton", 1.0 * boxes))
+        measured += [gpu_row(name, median, **case) for name, median in times]
+    (place,) = places(measured)
+    found = compare(measured)
+    for draw in (plots.cost, plots.memory):
+        names = {text.get_text() for text in draw(found, place, "boxes").axes[0].texts}
+        assert names == {"original", "torch path", "this package"}
+    legend = plots.speed_ups(found, place).axes[0].get_legend()
+    assert "against this package's torch path" in {text.get_text() for text in legend.get_texts()}
+
+
+def test_each_op_is_shown_at_its_worst_too():
+    measured = []
+    for case, original in (
+        ("1 picture, 0 boxes", 0.1),
+        ("1 picture, 10 boxes", 0.5),
+        ("1 picture, 100 boxes", 9.0),
+    ):
+        measured += [row("original", original, case=case), row(case=case)]
+    shown = [one.first.case for one in report.representatives(compare(measured))]
+    assert shown == ["1 picture, 100 boxes", "1 picture, 10 boxes"]
+
+
+@with_plots
+def test_axes_count_in_words():
+    from benchmarks import plots
+
+    def words(axis: str, **shape: int) -> str:
+        one = compare([row(shape=shape)])[0]
+        return plots._others(plots.Curve("neck", {1: one}), axis).strip()
+
+    assert words("canvas", images=1, boxes=1, canvas=768) == "(1 picture, 1 box)"
+    assert words("canvas", images=1, boxes=10, canvas=768) == "(1 picture, 10 boxes)"
+    assert words("images", images=4, boxes=10, canvas=768) == "(10 boxes each, 768 px)"
+    assert words("canvas", images=2, boxes=1, canvas=768) == "(2 pictures, 1 box each)"
 
 
 @with_plots
