@@ -158,7 +158,7 @@ LINES = (
         *(200, "pooled_roi_align", (_ALL_BOXES,), "forward", _original, _times),
     ),
     Line(
-        "pooled RoIAlign, batch 8, 100 boxes each, share of the copy bandwidth",
+        "pooled RoIAlign, batch 8, 100 boxes each, share of the measured bandwidth",
         *(0.6, "pooled_roi_align", (_ALL_BOXES,), "forward", _share, _percent),
     ),
     Line(

@@ -433,7 +433,7 @@ class Suite:
                 continue
             if deadline is not None and deadline - time.monotonic() < LEAST:
                 break
-            if names and progress.outcomes:
+            if names and progress.closed:
                 progress = self.progress[part.name] = Progress(retry=True)
             if not progress.closed:
                 self._run(part, progress, deadline)

@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -191,9 +192,15 @@ def _section(place: Place, rows: Sequence[Row], pictures: Sequence["Picture"]) -
     lines = [f"## {place.device}", "", f"{_versions(place)}.", ""]
     if place.kind == "cpu":
         lines += [CPU_NOTE, ""]
-    lost = [text for one in compare(rows) for text in losses(one)]
+    # The memory of a graph is that of the call it holds.
+    lost = [
+        f"- `{one.first.op}`, {_where(one.first)}: {loss}"
+        for one in compare(rows)
+        for loss in losses(one)
+        if not (loss.in_memory and one.first.launch == "graph")
+    ]
     if lost:
-        lines += ["Where it is slower or takes more memory:", "", *(f"- {text}" for text in lost), ""]
+        lines += ["Where it is slower or takes more memory:", "", *lost, ""]
     lines += [line for picture in pictures for line in (f"![{picture.text}]({picture.name})", "")]
     for op in _ops(rows):
         own = [row for row in rows if row.op == op]
@@ -209,18 +216,48 @@ def _versions(place: Place) -> str:
     return ", ".join(f"{name} {version}" for name, version in place.versions)
 
 
-def losses(one: Comparison) -> Iterator[str]:
-    """Each way in which this package lost: slower than another, than its own torch path, or with more memory."""
-    where = f"`{one.first.op}`, {_where(one.first)}"
-    best = one.best_rival
-    slower = [rival for rival in (one.baseline, best, torch_path(one)) if (one.speed_up(rival) or 1.0) < 1]
-    for rival in {id(rival): rival for rival in slower}.values():
-        name = "this package's torch path" if rival is torch_path(one) else f"`{rival.provider}`"
-        yield f"{where}: **{one.speed_up(rival):.2f} times as fast** as {name}"
-    # The memory of a graph is that of the call it holds.
-    more = one.memory_ratio() if one.first.launch == "eager" else None
+@dataclass(frozen=True)
+class Loss:
+    """Something in which this package lost: `factor` times as slow as another, or with so many times its memory."""
+
+    comparison: Comparison
+    against: str
+    factor: float
+    in_memory: bool = False
+
+    def __str__(self) -> str:
+        if self.in_memory:
+            return f"**{_short(self.factor)} times the memory** of {self.against}"
+        return f"**{1 / self.factor:.2f} times as fast** as {self.against}"
+
+
+def losses(one: Comparison) -> Iterator[Loss]:
+    """Against the baseline, the best rival and this package's own torch path; in memory against the baseline."""
+    rivals = {
+        id(rival): rival for rival in (one.baseline, one.best_rival, torch_path(one)) if rival is not None
+    }
+    for rival in rivals.values():
+        speed_up = one.speed_up(rival)
+        if speed_up is not None and speed_up < 1:
+            own = rival is torch_path(one)
+            yield Loss(one, "this package's torch path" if own else f"`{rival.provider}`", 1 / speed_up)
+    more = one.memory_ratio()
     if more is not None and more >= MORE:
-        yield f"{where}: **{_short(more)} times the memory** of `{one.baseline.provider}`"
+        yield Loss(one, f"`{one.baseline.provider}`", more, in_memory=True)
+
+
+def _worst_losses(lost: Sequence[Loss]) -> list[str]:
+    """The worst of each op against each rival, and how many there are of it."""
+    groups: dict[tuple[str, str, bool], list[Loss]] = {}
+    for loss in lost:
+        groups.setdefault((loss.comparison.first.op, loss.against, loss.in_memory), []).append(loss)
+    texts = []
+    for (op, *_), own in groups.items():
+        worst = max(own, key=lambda loss: loss.factor)
+        first = worst.comparison.first
+        others = f"; the worst of {len(own)}" if len(own) > 1 else ""
+        texts.append(f"`{op}` {worst} ({first.case}, {first.dtype}, {first.mode}{others})")
+    return texts
 
 
 def torch_path(one: Comparison) -> Row | None:
@@ -420,11 +457,15 @@ def _notes(op: str, rows: Sequence[Row]) -> list[str]:
     pieces += [NOTES[op]] if op in NOTES else []
     if any(NONE in row.case for row in rows):
         pieces.append(NO_BOXES)
-    notes = [(row.provider, note) for row in rows for note in (row.note or "").split("; ")]
-    # What is noisy says so in its cell.
-    notes = [(name, note) for name, note in notes if note and not note.startswith("noisy")]
-    pieces += [f"`{name}`: {note}." for name, note in dict.fromkeys(notes)]
+    pieces += _remarks(rows)
     return [" ".join(pieces), ""]
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What the rows say that they should be read with; what is noisy says so in its cell."""
+    notes = [(row.provider, note) for row in rows for note in (row.note or "").split("; ")]
+    notes = [(name, note) for name, note in notes if note and not note.startswith("noisy")]
+    return [f"`{name}`: {note}." for name, note in dict.fromkeys(notes)]
 
 
 def _not_timed(rows: Sequence[Row]) -> list[str]:
@@ -498,16 +539,20 @@ def _summary(place: Place, rows: Sequence[Row]) -> list[str]:
                 times = [by_mode.get(mode) for mode in ("forward", "both")]
                 against = [ratio(None if one is None else one.speed_up(one.baseline)) for one in times]
                 cells.append((f"`{op}`", case, dtype, *against, _times_less(times[0])))
-    header = ("", "case", "dtype", "forward", "forward + backward", "memory, forward")
+    fast, small = "times as fast", "times less memory"
+    header = ("op", "case", "dtype", f"forward, {fast}", f"forward + backward, {fast}", f"forward, {small}")
     lines += [*table(header, cells, 3), ""]
-    lost = [text for one in comparisons for text in losses(one)]
-    number = f"{len(comparisons)} comparisons"
-    lines += [
-        f"Slower or with more memory in {len(lost)} of {number}: {'; '.join(lost)}."
+    lost = [loss for one in comparisons for loss in losses(one)]
+    concerned = len({id(loss.comparison) for loss in lost})
+    lines.append(
+        f"Slower than something, or with more memory than the original, in {concerned} of {len(comparisons)} "
+        f"comparisons: {'; '.join(_worst_losses(lost))}."
         if lost
-        else f"No loss in {number}.",
-        "",
-    ]
+        else f"Neither slower nor with more memory in any of {len(comparisons)} comparisons."
+    )
+    lines.append("")
+    if remarks := _remarks(rows):
+        lines += [" ".join(remarks), ""]
     lines += [f"Measuring all of it took about {_minutes(rows):.0f} minutes.", ""]
     return lines
 

@@ -141,6 +141,22 @@ def test_a_part_that_is_named_again_repeats_what_failed(tmp_path):
     assert arguments.read_text().split() == ["[]", "['--retry']"]
 
 
+def test_a_part_out_of_time_runs_when_it_is_named(tmp_path):
+    waits = tmp_path / "waits"
+    waits.touch()
+    sleep = f"import os, time\nwhile os.path.exists({str(waits)!r}): time.sleep(0.02)"
+    parts = (Part("a", "", seconds(1), (step("sleeps", sleep),)),)
+    run = suite(tmp_path, *parts)
+    run.run()
+    assert statuses(run) == [INCOMPLETE]
+    waits.unlink()
+    again = suite(tmp_path, *parts)
+    again.run()
+    assert statuses(again) == [INCOMPLETE]
+    again.run(["a"])
+    assert statuses(again) == [PASS]
+
+
 def test_what_other_code_left_is_set_aside(tmp_path):
     trace, told = tmp_path / "trace", []
     parts = (Part("a", "", 1, (leaving(trace, "a"),)),)

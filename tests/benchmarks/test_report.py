@@ -1,5 +1,6 @@
 """The report's numbers: ratios within one run only, losses in words, reasons, predictions; the acceptance of a GPU."""
 
+import dataclasses
 import importlib.util
 import itertools
 import subprocess
@@ -311,7 +312,7 @@ def test_the_repository_s_readme_agrees_with_its_rows():
 
 def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
     measured = [
-        row("original", 30.0, extra_bytes=10**9),
+        row("original", 30.0, extra_bytes=10**9, note="on one thread"),
         row("torch", 2.0, extra_bytes=10**8, commit="def"),
         row("original", 40.0, mode="both"),
         row("torch", 10.0, mode="both"),
@@ -323,10 +324,12 @@ def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
     text = report.readme(measured, tmp_path)
     assert cells(text, "`neck`") == ["`neck`", "1 picture, 10 boxes", "float32", "15.0", "4.00", "10.0"]
     assert cells(text, "`roi_align`") == ["`roi_align`", "large", "float32", "**0.50, slower**", "-", "-"]
-    assert "Slower or with more memory in 1 of 3 comparisons: `roi_align`, large, float32, forward" in text
+    lost = "in 1 of 3 comparisons: `roi_align` **0.50 times as fast** as `torchvision` (large, float32, forward)."
+    assert lost in text
     assert "a CPU, 2 threads; commit abc, def; 2026-01-01 10:00" in text
     assert "torch 2.11" in text
     assert "about 4 minutes" in text
+    assert "`original`: on one thread." in text
     assert "No run on a GPU is recorded yet" in text
     assert ".png" not in text
     (tmp_path / "speed_up.cpu.png").touch()
@@ -334,6 +337,21 @@ def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
     both = report.readme([*measured, gpu_row("original", 4.0), gpu_row()], tmp_path)
     assert both.index("| bfloat16 | 4.00 |") < both.index("a CPU, 2 threads")
     assert "No run on a GPU" not in both
+
+
+def test_the_readme_names_the_worst_loss_of_each_kind():
+    measured = [gpu_row("original", 2.0, extra_bytes=10), gpu_row(median=1.0, extra_bytes=20)]
+    for launch in ("eager", "graph"):
+        for case, best in (("a", 0.9), ("b", 0.5), ("c", 2.0)):
+            rivals = [gpu_row("original", 4.0), gpu_row("original max-autotune", best), gpu_row("torch", 3.0)]
+            for one in (*rivals, gpu_row()):
+                measured.append(dataclasses.replace(one, op="conv_gate", case=case, launch=launch))
+    text = report.readme(measured)
+    assert (
+        "in 3 of 4 comparisons: `neck` **2.0 times the memory** of `original` "
+        "(1 picture, 10 boxes, bfloat16, forward); `conv_gate` **0.50 times as fast** as "
+        "`original max-autotune` (b, bfloat16, forward; the worst of 2)."
+    ) in text
 
 
 def test_a_readme_without_marks_is_left_alone(tmp_path):
