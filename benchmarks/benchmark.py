@@ -260,8 +260,9 @@ def _compiled(function: Function, mode: str, **inputs: Any) -> Sequence[Tensor]:
 
 def forget_compilations() -> None:
     """Let go of compiled code, so that the next case is compiled for its own sizes."""
-    _compilations.clear()
-    torch._dynamo.reset()
+    if _compilations:
+        _compilations.clear()
+        torch._dynamo.reset()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,0 +1,369 @@
+"""The runner on a GPU that a fake stands for: rows of each launch, and what happens when something fails."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from test_timing import Clock, FakeCuda
+
+from benchmarks import memory, roofline, rows, runner
+from benchmarks.benchmark import Provider
+from benchmarks.registry import BENCHMARKS
+from benchmarks.runner import Conditions, DeviceLost, Job, Runner
+from benchmarks.shapes import Case
+
+OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
+
+OP = BENCHMARKS["pooled_roi_align"]
+ORIGINAL, TORCH = OP.providers[0], next(one for one in OP.providers if one.name == "torch")
+CEILINGS = roofline.Ceilings("a GPU", 1e12, {"float32": 1e14}, "a test")
+GPU = Conditions(torch.device("cuda"), "a GPU", "a GPU", {"torch": "2"})
+CPU = Conditions(torch.device("cpu"), "cpu", "a CPU", {"torch": "2"})
+
+
+# Of torch.cuda: what times are taken with. The rest of torch keeps its own.
+PARTS = (
+    *("Event", "CUDAGraph", "Stream", "stream", "graph", "current_stream", "synchronize"),
+    *("empty_cache", "get_device_properties"),
+)
+
+
+class Tensors:
+    """Problems of the fake GPU are on the CPU; its sets of inputs are two."""
+
+    def __init__(self, monkeypatch) -> None:
+        made = runner.make_problem
+        self.seeds: list[int] = []
+
+        def make_problem(benchmark, sizes, dtype, device, seed=0):
+            self.seeds.append(seed)
+            return made(benchmark, sizes, dtype, torch.device("cpu"), seed)
+
+        monkeypatch.setattr(runner, "make_problem", make_problem)
+        monkeypatch.setattr(runner.timing, "number_of_sets", lambda *_: 2)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """`torch.cuda` with a clock, on which every call takes a millisecond."""
+    fake = FakeCuda(Clock())
+    fake.lost = False
+
+    def synchronize() -> None:
+        if fake.lost:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    fake.synchronize = fake.empty_cache = synchronize
+    fake.get_device_properties = lambda _: types.SimpleNamespace(L2_cache_size=1 << 20)
+    for name in PARTS:
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(memory, "available", lambda _: 80 << 30)
+    monkeypatch.setattr(memory, "on_gpu", lambda call: call() and 1000)
+    monkeypatch.setattr(runner, "current_commit", lambda code: "abc")
+    fake.problems = Tensors(monkeypatch)
+
+    make_call = runner.make_call
+
+    def timed(*arguments):
+        call = make_call(*arguments)
+
+        def run():
+            fake.clock.now += 0.001
+            return call()
+
+        return run
+
+    monkeypatch.setattr(runner, "make_call", timed)
+    return fake
+
+
+def job_of(*providers: Provider, mode: str = "forward", **changes) -> Job:
+    case = Case("tiny", OP.tiny, "a test")
+    return Job(dataclasses.replace(OP, providers=providers, **changes), case, "float32", mode, providers)
+
+
+def measured(job: Job, written: list | None = None) -> dict[tuple[str, str], rows.Row]:
+    """Rows by provider and launch."""
+    write = (written if written is not None else []).append
+    found = Runner(GPU, CEILINGS, 0.05, write=write).measure(job)
+    return {(row.provider, row.launch): row for row in found}
+
+
+def raising(error: Exception, name: str = "triton", after: int = 0) -> Provider:
+    """A provider whose calls are right, and from call number `after` on raise."""
+    calls = iter(range(10**6))
+
+    def call(**inputs):
+        if next(calls) >= after:
+            raise error
+        return TORCH.function(**inputs)
+
+    return Provider(name, call)
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+def test_every_provider_has_a_row_of_each_launch(cuda, mode):
+    written: list[rows.Row] = []
+    found = measured(job_of(ORIGINAL, TORCH, mode=mode), written)
+    names = [(name, launch) for name in ("original", "torch") for launch in ("eager", "graph")]
+    assert list(found) == names
+    assert [(row.provider, row.launch) for row in written] == names
+    assert len({row.run for row in written}) == 1
+    cost = OP.cost(OP.tiny, torch.float32, mode)
+    for row in found.values():
+        assert row.milliseconds["median"] == pytest.approx(1.0)
+        assert row.reason is None
+        assert row.extra_bytes == 1000
+        assert row.error <= row.tolerance
+        assert (row.bytes, row.flops) == (cost.bytes, cost.flops)
+        assert (row.bandwidth, row.matmul_rate) == (1e12, 1e14)
+        assert row.floor_ms == pytest.approx(max(row.bytes / 1e12, row.flops / 1e14) * 1e3)
+    assert cuda.problems.seeds == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300000, 232448, "shared memory"),
+        ModuleNotFoundError("No module named 'torchvision'"),
+        ValueError("a kernel's own"),
+        AssertionError("from inductor"),
+        torch.OutOfMemoryError("CUDA out of memory\nand a long story"),
+    ],
+)
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_provider_that_raises_is_a_row_and_the_others_are_timed(cuda, error, after):
+    """While it is checked, or after that."""
+    found = measured(job_of(ORIGINAL, raising(error, after=after), TORCH))
+    reason = found.pop(("triton", "eager")).reason
+    assert reason.startswith(f"failed: {type(error).__name__}: ")
+    assert "\n" not in reason
+    assert len(found) == 4
+    assert all(row.milliseconds for row in found.values())
+    assert runner.problems([dataclasses.replace(found["torch", "eager"], reason=reason)])
+
+
+def test_a_baseline_that_raises_leaves_the_literal_composition_to_compare_with(cuda):
+    found = measured(job_of(raising(ImportError("mismatched"), "original"), TORCH))
+    assert found["original", "eager"].reason == "failed: ImportError: mismatched"
+    assert found["torch", "graph"].milliseconds
+    assert found["torch", "graph"].error < 1e-6
+
+
+@pytest.mark.parametrize("broken", ["reference", "inputs"])
+def test_what_nobody_can_be_measured_without_is_the_reason_of_all(cuda, broken):
+    def breaks(*arguments, **inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = measured(job_of(ORIGINAL, TORCH, **{broken: breaks}))
+    assert {name: row.reason for name, row in found.items()} == {
+        (name, "eager"): "failed: OutOfMemoryError: CUDA out of memory" for name in ("original", "torch")
+    }
+
+
+def test_a_call_that_no_graph_holds_keeps_its_launched_times(cuda, monkeypatch):
+    def cannot(*_) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda.graph, "__enter__", cannot)
+    found = measured(job_of(ORIGINAL, TORCH))
+    assert found["torch", "eager"].milliseconds
+    assert found["torch", "graph"].reason.startswith("failed: RuntimeError: operation not permitted")
+
+
+def test_what_waits_for_the_device_is_not_captured(cuda):
+    found = measured(job_of(ORIGINAL, TORCH, graph=False))
+    assert list(found) == [("original", "eager"), ("torch", "eager")]
+    assert runner.problems(list(found.values())) == []
+
+
+def test_wrong_results_are_not_timed(cuda):
+    wrong = Provider("triton", lambda **inputs: [TORCH.function(**inputs)[0] * 1.001])
+    found = measured(job_of(ORIGINAL, wrong, TORCH))
+    assert found["triton", "eager"].wrong
+    assert found["triton", "eager"].milliseconds is None
+    assert ("triton", "graph") not in found
+    assert found["torch", "graph"].milliseconds
+
+
+def test_wrong_results_of_a_graph_are_not_timed(cuda, monkeypatch):
+    """A graph that froze a decision of the host replays it, though the eager call is right."""
+    capturing = []
+    enter, leave = cuda.graph.__enter__, cuda.graph.__exit__
+    monkeypatch.setattr(cuda.graph, "__enter__", lambda self: (capturing.append(1), enter(self)))
+    monkeypatch.setattr(cuda.graph, "__exit__", lambda self, *error: (capturing.clear(), leave(self)))
+    frozen = Provider("triton", lambda **inputs: [TORCH.function(**inputs)[0] * (0.99 if capturing else 1)])
+    found = measured(job_of(ORIGINAL, frozen, TORCH))
+    assert found["triton", "eager"].milliseconds
+    assert found["triton", "graph"].wrong
+    assert "relative error 1.0e-02" in found["triton", "graph"].reason
+    assert found["triton", "graph"].milliseconds is None
+    assert runner.problems(list(found.values()))
+
+
+def test_after_a_lost_device_only_the_offender_is_blamed_and_a_new_process_goes_on(cuda):
+    def breaks(**inputs):
+        cuda.lost = True
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    written: list[rows.Row] = []
+    job = job_of(ORIGINAL, Provider("triton", breaks), TORCH)
+    with pytest.raises(
+        DeviceLost, match="pooled_roi_align, tiny, float32, forward, triton: AcceleratorError"
+    ):
+        measured(job, written)
+    assert [(row.provider, bool(row.milliseconds)) for row in written] == [
+        ("original", True),
+        ("original", True),
+        ("triton", False),
+    ]
+    assert written[-1].reason.startswith(runner.LOST)
+    assert runner.problems(written)
+    # The suite starts the command again.
+    cuda.lost = False
+    assert not runner.is_measured(job, GPU, written)
+    rest = runner.without_lost(job, GPU, written)
+    assert [one.name for one in rest.providers] == ["original", "torch"]
+    again = list(measured(rest).values())
+    assert runner.is_measured(job, GPU, [written[-1], *again])
+
+
+def test_compiled_rivals_come_last_and_the_rows_keep_their_order(cuda):
+    order = []
+
+    def named(one: Provider) -> Provider:
+        def call(**inputs):
+            order.append(one.name)
+            return TORCH.function(**inputs)
+
+        return dataclasses.replace(one, function=call)
+
+    compiled = next(one for one in OP.providers if one.compiled)
+    found = measured(job_of(ORIGINAL, named(compiled), named(TORCH)))
+    assert list(dict.fromkeys(order)) == ["torch", compiled.name]
+    assert list(dict.fromkeys(name for name, _ in found)) == ["original", compiled.name, "torch"]
+
+
+def test_modes_with_gradients_share_reference_and_checks(monkeypatch):
+    made = []
+    standard = runner.standard
+    monkeypatch.setattr(runner, "standard", lambda *given: made.append(given[3]) or standard(*given))
+    monkeypatch.setattr(memory, "apart", lambda *_: 1000)
+    alone = Runner(CPU, CEILINGS, 0.0)
+    for mode in ("forward", "backward", "both"):
+        found = alone.measure(job_of(ORIGINAL, TORCH, mode=mode))
+        assert all(row.milliseconds and row.error <= row.tolerance for row in found)
+    assert made == ["forward", "both"]
+
+
+def test_a_process_killed_while_its_memory_is_measured_leaves_the_times(monkeypatch):
+    def apart(benchmark, provider, *_):
+        if provider == "original":
+            raise RuntimeError("measuring the memory of original ended with status -9")
+        return 1000
+
+    monkeypatch.setattr(memory, "apart", apart)
+    original, ours = Runner(CPU, CEILINGS, 0.0).measure(job_of(ORIGINAL, TORCH))
+    assert original.milliseconds
+    assert original.extra_bytes is None
+    assert "ended with status -9" in original.note
+    assert "one thread" in original.note
+    assert ours.extra_bytes == 1000
+
+
+def test_times_are_written_before_memory_is_measured(monkeypatch, tmp_path):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "apart", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Runner(CPU, CEILINGS, 0.0, write=lambda row: rows.add([row], tmp_path)).measure(
+            job_of(ORIGINAL, TORCH)
+        )
+    assert [bool(row.milliseconds) for row in rows.read_all(tmp_path)] == [True, True]
+
+
+def test_memory_of_slow_calls_is_that_of_a_timed_one(monkeypatch):
+    monkeypatch.setattr(memory, "apart", lambda *_: pytest.fail("a process of its own"))
+    monkeypatch.setattr(runner.timing, "SLOW_SECONDS", 0.0)
+    for row in Runner(CPU, CEILINGS, 0.0).measure(job_of(ORIGINAL, TORCH)):
+        assert row.samples == runner.timing.SLOW_ROUNDS
+        assert row.extra_bytes is not None
+
+
+def settled(provider: Provider, row: rows.Row | None, by_name=(), free: int | None = 1 << 40) -> bool:
+    job = job_of(provider)
+    stored = [] if row is None else [row]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "available", lambda _: free)
+        patch.setattr(runner, "current_commit", lambda code: "abc")
+        return runner.is_measured(job, CPU, stored, by_name)
+
+
+def row_of(provider: Provider, **values) -> rows.Row:
+    fixed = {
+        "op": OP.name,
+        "kind": "cpu",
+        "device": "a CPU",
+        "case": "tiny",
+        "shape": OP.tiny,
+        "dtype": "float32",
+        "mode": "forward",
+        "provider": provider.name,
+        "launch": "eager",
+        "versions": {"torch": "2"},
+        "commit": "abc",
+        "run": "now",
+        "origin": "a test",
+    }
+    return rows.Row(**fixed | values)
+
+
+def test_a_reason_counts_as_measured_only_while_it_stands():
+    compiled = next(one for one in OP.providers if one.compiled)
+    row = row_of(compiled, reason=compiled.gpu_only)
+    assert settled(compiled, row)
+    assert not settled(compiled, row, by_name=[compiled.name])
+    asked: list[str] = []
+    on_request = dataclasses.replace(TORCH, on_request=lambda: asked[0] if asked else None)
+    assert not settled(on_request, row_of(on_request, reason="on request: name a checkout"))
+    asked.append("on request: name a checkout")
+    assert settled(on_request, row_of(on_request, reason="on request: name a checkout"))
+    large = dataclasses.replace(ORIGINAL, extra_bytes=lambda *_: 37 << 30)
+    refused = row_of(large, reason=memory.refusal(large, OP.tiny, torch.float32, "forward", 26 << 30))
+    assert settled(large, refused, free=24 << 30)
+    assert not settled(large, refused, free=80 << 30)
+
+
+def test_times_count_as_measured_and_failures_do_not():
+    times = {"min": 1.0, "p20": 1.0, "median": 1.0, "p80": 1.0, "max": 1.0}
+    assert not settled(TORCH, None)
+    assert settled(TORCH, row_of(TORCH, milliseconds=times))
+    assert not settled(TORCH, row_of(TORCH, milliseconds=times, commit="def"))
+    assert not settled(TORCH, row_of(TORCH, reason="failed: OutOfMemoryError: no memory"))
+    assert not settled(TORCH, row_of(TORCH, reason="wrong: relative error", wrong=True))
+    assert settled(TORCH, row_of(TORCH, reason=runner.LOST + "AcceleratorError"))
+
+
+def test_the_version_of_the_code_without_git(monkeypatch, tmp_path):
+    for folder in ("mgllava", "mgllava_kernels", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "code.py").write_text("1")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "_git", lambda *_: None)
+    monkeypatch.setenv("GIT_COMMIT", "abc1234")
+    version = runner.current_commit.__wrapped__
+    assert version(OP.code) == "abc1234"
+    monkeypatch.delenv("GIT_COMMIT")
+    ops, models = version(OP.code), version(BENCHMARKS["generation"].code)
+    assert ops.startswith("files-")
+    (tmp_path / "benchmarks/results/code.py").write_text("2")
+    (tmp_path / "benchmarks/report.py").write_text("2")
+    assert version(OP.code) == ops
+    # The model's code is no part of the ops'.
+    (tmp_path / "mgllava/code.py").write_text("2")
+    assert version(OP.code) == ops
+    assert version(BENCHMARKS["generation"].code) != models
+    (tmp_path / "mgllava_kernels/code.py").write_text("2")
+    assert version(OP.code) != ops
