@@ -115,7 +115,7 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     budget: Annotated[
-        float | None, typer.Option(min=0, help="Seconds of timing for each case; default 10, with --quick 1.")
+        float | None, typer.Option(min=0, help="Seconds of timing for each case; default 5, with --quick 1.")
     ] = None,
     quick: Annotated[
         bool, typer.Option(help="A few cases, forward, no memory; nothing is written without --results.")
@@ -175,7 +175,7 @@ def run(
         for job in jobs
         if not is_measured(job, where(job), stored, by_name)
     ]
-    seconds = budget if budget is not None else (1.0 if quick else 10.0)
+    seconds = budget if budget is not None else (1.0 if quick else 5.0)
     estimates = [estimated_seconds(job, where(job), seconds, not quick) for job in wanted]
     minutes = max(1, round(sum(estimates) / 60))
     _say(

@@ -25,6 +25,8 @@ from mgllava_kernels.tune import conditions as gpu_conditions
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "torchvision", "transformers")
 OURS = ("torch", "triton", "mgllava")
+# Calls longer than this many seconds take gigabytes: their memory is that of a timed call, not of one more process.
+WATCHED_SECONDS = 4.0
 # How the reason of a row begins whose provider took the GPU's context with it: it is not tried again.
 LOST = "failed, and no other call of the process after it could run: "
 
@@ -328,7 +330,7 @@ class Runner:
                 row = outcome.into(row)
                 if outcome.reason is None:
                     call = make_call(provider.function, problem, job.mode)
-                    slow = self.with_memory and outcome.seconds > timing.SLOW_SECONDS
+                    slow = self.with_memory and outcome.seconds > WATCHED_SECONDS
                     calls[provider.name] = memory.Watched(call) if slow else call
             except Exception as error:
                 row = replace(row, reason=_failure(error))
@@ -549,6 +551,8 @@ def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memo
     flops = MODEL_FLOPS if cost is None else cost(sizes, dtype, job.mode).flops
     rounds = total = 0.0
     moved = 0
+    # `both` is compared together with `backward`.
+    checks = job.mode != "both" or "backward" not in job.case.modes
     for provider in job.providers:
         if provider.needs_gpu or provider.gpu_only:
             continue
@@ -557,8 +561,8 @@ def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memo
         if memory.refusal(provider, sizes, dtype, job.mode, free):
             continue
         once = own / CPU_BYTES + flops / CPU_FLOPS
-        slow = once > timing.SLOW_SECONDS
-        rounds += once * (timing.SLOW_ROUNDS if slow else timing.MIN_ROUNDS)
-        total += once + (once + PROCESS_SECONDS if with_memory and not slow else 0)
-    reference = moved / REFERENCE_BYTES + 3 * flops / CPU_FLOPS
+        rounds += once * (timing.SLOW_ROUNDS if once > timing.SLOW_SECONDS else timing.MIN_ROUNDS)
+        total += once if checks else 0
+        total += once + PROCESS_SECONDS if with_memory and once < WATCHED_SECONDS else 0
+    reference = moved / REFERENCE_BYTES + 3 * flops / CPU_FLOPS if checks else 0
     return total + reference + max(budget, rounds)

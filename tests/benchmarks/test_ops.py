@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import check, literal, memory, original, original_repository, roofline, runner
+from benchmarks import check, literal, memory, original, original_repository, roofline, rows, runner
 from benchmarks.benchmark import Provider, make_call, make_problem
 from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.shapes import ALL_MODES, Case
@@ -428,3 +428,33 @@ def test_the_original_repository_runs_on_request(monkeypatch, tmp_path):
     assert len(parameters) == len(
         list(BENCHMARKS["conv_gate"].inputs(benchmark.tiny, torch.Generator())["fusion"].parameters())
     )
+
+
+def test_a_run_says_how_far_it_is_and_quick_ends_with_the_answer(run):
+    result, _ = run("--quick")
+    assert result.exit_code == 0, result.output
+    assert "1/1, 0 of 1 min: pooled_roi_align, tiny, float32, forward" in result.output
+    assert "load " in result.output
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("pooled_roi_align, tiny: torch ")
+    assert last.endswith(" times as fast as original")
+
+
+def test_a_second_run_into_the_same_folder_is_refused(run, tmp_path):
+    with rows.locked(tmp_path):
+        result, found = run()
+    assert result.exit_code == 1
+    assert "another run is writing here" in result.output
+    assert found == {}
+
+
+def test_a_reason_with_brackets_is_printed_as_it_is(run, monkeypatch):
+    from mgllava_kernels._torch import roi_align
+
+    def breaks(*arguments):
+        raise RuntimeError("[/red] no such [thing]")
+
+    monkeypatch.setattr(roi_align, "pooled_roi_align", breaks)
+    result, found = run()
+    assert "[/red] no such [thing]" in result.output
+    assert found["torch"]["reason"] == "failed: RuntimeError: [/red] no such [thing]"
