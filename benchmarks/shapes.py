@@ -131,7 +131,7 @@ NECK = _with_curves(boxes=True)
 CONV_GATE = _with_curves(boxes=False)
 PROJECTORS = _distinct(
     [
-        *(_picture_case(count, None, gpu_only=count > 8, quick=count == 1) for count in (1, 8, 32)),
+        *(_picture_case(count, None, gpu_only=count > 1, quick=count == 1) for count in (1, 8, 32)),
         *(_picture_case(1, count, modes=("forward",)) for count in BOX_COUNTS if count),
         *(_picture_case(count, 10, modes=("forward",)) for count in PICTURE_COUNTS if count > 1),
         *(_picture_case(1, 10, canvas, ("forward",)) for canvas in CANVASES if canvas != PICTURE),
