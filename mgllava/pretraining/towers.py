@@ -111,10 +111,12 @@ class TowerPretraining(nn.Module):
         self.vision_tower = CLIPVisionModel(vision)
         # On a CPU twice as fast as (B, C, H, W) in memory.
         self.high_res_tower = MGLlavaHighResTower(high_res).to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            for module in self.high_res_tower.modules():
-                if isinstance(getattr(module, "gamma", None), nn.Parameter):
-                    module.gamma.fill_(LAYER_SCALE)
+        for module in self.high_res_tower.modules():
+            # The fixed 0.02 of wide models would leave these narrow layers almost linear.
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if isinstance(getattr(module, "gamma", None), nn.Parameter):
+                nn.init.constant_(module.gamma, LAYER_SCALE)
         self.region_head = nn.Linear(sum(high_res.stage_widths), REGION_SIZE)
         self.high_res_cell_head = nn.Linear(high_res.stage_widths[-1], CELL_SIZE)
         self.low_res_cell_head = nn.Linear(vision.hidden_size, CELL_SIZE)
