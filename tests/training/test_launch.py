@@ -68,4 +68,4 @@ def test_a_missing_recipe_is_an_error_of_one_line():
     done = CliRunner().invoke(app, ["train", "nowhere"])
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
-    assert message.startswith("error: there is no recipe nowhere; shipped are llama-3-8b-lora")
+    assert message.startswith("error: there is no recipe nowhere; shipped are embedded-language-model")
