@@ -14,6 +14,7 @@ __all__ = [
     "REGION_SIZE",
     "cell_labels",
     "classes_of",
+    "one_hot_places",
     "position_of",
 ]
 

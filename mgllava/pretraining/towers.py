@@ -23,8 +23,8 @@ from .attributes import CELL_SIZE, CLASSES, REGION_SIZE, cell_labels, classes_of
 
 __all__ = ["RegionScenes", "TowerPretraining", "collate_regions", "region_accuracy"]
 
-CELL_WEIGHT = 0.3  # of cells' losses, whose sums over all words are several times those of regions
-LAYER_SCALE = 0.1  # of ConvNeXt's blocks at the start; the 1e-6 of long runs would cost hundreds of steps
+CELL_WEIGHT = 0.3  # of cells' losses, which are sums over many words
+LAYER_SCALE = 0.1  # of ConvNeXt's blocks at the start; the usual 1e-6 is meant for long runs
 
 
 class RegionScenes(Dataset):

@@ -16,7 +16,7 @@ SPACE = 1.0  # pixels between a thing and the edge of its cell
 def sample_crowd(split: str, index: int) -> Scene:
     """Crowd number `index` of a split: one thing somewhere in each cell of a grid, of any size that fits.
 
-    To learn what things look like, a picture of 36 is worth more than one of ten. Half of them are digits.
+    Half of the things are digits. For learning what things look like, a picture shows 36 at the price of ten.
 
     Raises:
         ValueError: unknown split or negative index.
