@@ -46,6 +46,7 @@ class Provider:
         name: as in the rows.
         function: takes the inputs by name and returns the results.
         extra_bytes: estimate of its peak memory above the inputs, if it can be more than a machine has.
+        impossible: why it cannot compute these sizes anywhere, asked before it starts; None: it can.
         gpu_only: why it is measured on GPUs only, unless it is asked for by name; None if it is not.
         needs_gpu: it cannot be timed anywhere else.
         modes: what it can compute.
@@ -58,6 +59,7 @@ class Provider:
     name: str
     function: Function
     extra_bytes: ExtraBytes | None = None
+    impossible: Callable[[Sizes], str | None] = lambda sizes: None
     gpu_only: str | None = None
     needs_gpu: bool = False
     modes: tuple[str, ...] = ("forward", "backward", "both")
@@ -229,13 +231,18 @@ COMPILED_ON_GPUS = "compiled rivals run on a GPU, elsewhere when named with --pr
 
 
 def original_providers(
-    function: Function, extra_bytes: ExtraBytes, cpu_note: str | None = None
+    function: Function,
+    extra_bytes: ExtraBytes,
+    impossible: Callable[[Sizes], str | None] = lambda sizes: None,
+    cpu_note: str | None = None,
 ) -> tuple[Provider, ...]:
     """The original composition as it is, and compiled."""
     return (
-        Provider("original", function, extra_bytes, cpu_note=cpu_note),
+        Provider("original", function, extra_bytes, impossible, cpu_note=cpu_note),
         *(
-            Provider(name, partial(_compiled, function, mode), extra_bytes, gpu_only=COMPILED_ON_GPUS)
+            Provider(
+                name, partial(_compiled, function, mode), extra_bytes, impossible, gpu_only=COMPILED_ON_GPUS
+            )
             for name, mode in (("original compiled", "default"), ("original max-autotune", "max-autotune"))
         ),
     )

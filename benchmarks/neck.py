@@ -81,7 +81,7 @@ BENCHMARK = Benchmark(
     inputs=_inputs,
     output_shapes=_output_shapes,
     providers=(
-        *original_providers(original.neck, original.extra_neck, original.ONE_THREAD),
+        *original_providers(original.neck, original.extra_neck, original.too_many_bins, original.ONE_THREAD),
         *package_providers(_package),
     ),
     function=_package,

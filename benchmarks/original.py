@@ -24,6 +24,10 @@ from mgllava_kernels.projector import Projector
 # Of rows measured on a CPU.
 ONE_THREAD = "torchvision's RoIAlign runs on one thread of a CPU, this package's on all"
 
+# torchvision's RoIAlign counts the elements of its result in 32-bit integers, on a CPU and on a GPU: beyond, it writes
+# outside of it (0.29.2 ended the process at 300 boxes of 1 picture).
+MOST_ELEMENTS = 2**31 - 1
+
 
 def joined_stages(stages: Sequence[Tensor]) -> Tensor:
     """The stages' maps on the finest grid as one float32 map (B, ΣC_l, H_0, W_0); float64 stays."""
@@ -113,6 +117,14 @@ def extra_pooled_roi_align(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
     if mode == "forward":
         return max(joined + upsampled, joined + copied + bins)
     return 2 * joined + copied + 2 * bins
+
+
+def too_many_bins(sizes: Sizes) -> str | None:
+    """Why torchvision's RoIAlign cannot pool one picture's boxes over the joined map, or None."""
+    elements = sizes["boxes"] * sum(shape[1] for shape in stage_shapes(sizes)) * BINS**2
+    if elements <= MOST_ELEMENTS:
+        return None
+    return f"torchvision's RoIAlign takes at most {MOST_ELEMENTS:,} elements, here it would make {elements:,}"
 
 
 def extra_conv_gate(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:

@@ -50,7 +50,12 @@ BENCHMARK = Benchmark(
     inputs=stages_and_boxes,
     output_shapes=_output_shapes,
     providers=(
-        *original_providers(original.pooled_roi_align, original.extra_pooled_roi_align, original.ONE_THREAD),
+        *original_providers(
+            original.pooled_roi_align,
+            original.extra_pooled_roi_align,
+            original.too_many_bins,
+            original.ONE_THREAD,
+        ),
         *package_providers(_package),
     ),
     function=_package,

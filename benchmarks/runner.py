@@ -477,7 +477,14 @@ def reason_now(
 ) -> str | None:
     """Why a provider is not started, with `free` bytes of memory, or None."""
     reason = provider.obstacle(conditions.device, job.dtype, job.mode, provider.name in by_name)
-    return reason or memory.refusal(provider, job.case.sizes, getattr(torch, job.dtype), job.mode, free)
+    return reason or _refusal(provider, job, free)
+
+
+def _refusal(provider: Provider, job: Job, free: int | None) -> str | None:
+    """Why these sizes are too much for a provider, or None."""
+    sizes = job.case.sizes
+    reason = memory.refusal(provider, sizes, getattr(torch, job.dtype), job.mode, free)
+    return reason or provider.impossible(sizes)
 
 
 def is_measured(job: Job, conditions: Conditions, stored: Sequence[Row], by_name: Sequence[str] = ()) -> bool:
@@ -558,7 +565,7 @@ def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memo
             continue
         own = provider.extra_bytes(sizes, dtype, job.mode) if provider.extra_bytes is not None else 0
         moved = max(moved, own)
-        if memory.refusal(provider, sizes, dtype, job.mode, free):
+        if _refusal(provider, job, free):
             continue
         once = own / CPU_BYTES + flops / CPU_FLOPS
         rounds += once * (timing.SLOW_ROUNDS if once > timing.SLOW_SECONDS else timing.MIN_ROUNDS)

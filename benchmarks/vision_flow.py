@@ -32,7 +32,7 @@ BENCHMARK = Benchmark(
     inputs=_inputs,
     output_shapes=_output_shapes,
     providers=(
-        *original_providers(original_flow, _extra_bytes, original.ONE_THREAD),
+        *original_providers(original_flow, _extra_bytes, original.too_many_bins, original.ONE_THREAD),
         *package_providers(package_flow),
     ),
     function=package_flow,

@@ -87,6 +87,17 @@ def test_published_sizes_are_those_of_the_paper():
     assert shapes == [(1, 192, 192, 192), (1, 384, 96, 96), (1, 768, 48, 48), (1, 1536, 24, 24)]
 
 
+@pytest.mark.parametrize("name", ["neck", "pooled_roi_align", "vision_flow"])
+def test_the_original_is_not_started_beyond_what_torchvision_counts(name):
+    """300 boxes give 2.7e9 elements: torchvision's RoIAlign overflows and ends the process."""
+    published = {"images": 1, "canvas": 768}
+    for provider in ("original", "original compiled", "original max-autotune"):
+        impossible = provider_of(name, provider).impossible
+        assert impossible(published | {"boxes": 237}) is None
+        assert "2,147,483,647 elements" in impossible(published | {"boxes": 238})
+    assert provider_of(name, "torch").impossible(published | {"boxes": 1000}) is None
+
+
 def test_the_original_at_a_thousand_boxes_is_refused_by_estimate():
     benchmark = BENCHMARKS["neck"]
     case = next(case for case in benchmark.cases if case.name == "1 picture, 1,000 boxes")
