@@ -35,8 +35,8 @@ Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one
 
 - Every provider's results were compared with a reference before it was timed; each table names it. **× original** is
   the original composition's time divided by this package's (of plain RoIAlign **× torchvision**), **× best rival** the
-  same for the fastest of everything else that ran, the original among them. Below 1 this package is slower, and the
-  cell says so.
+  same for the fastest of everything else that ran, the original among them. Below 1.00 this package is slower, and
+  the cell says so.
 - Both times of a ratio come from one run, side by side. Medians of n calls or, in a CUDA graph, of n samples; p20 to
   p80 says how far they spread, and *noisy* that of one side p80 is more than {noisy:g} times p20.
 - **of floor** is the least time that the device allows (bytes / bandwidth or FLOPs / matmul rate, both measured on it
@@ -64,6 +64,8 @@ CPU_NOTE = (
     "Only ratios: absolute times of a CPU depend on the machine and on what else it does, and are not to be "
     "compared between machines. They are in the rows."
 )
+# A speed-up below it is a loss; above, it reads as 1.00.
+SLOWER = 0.995
 # The device of the prediction where nothing was measured.
 PREDICTED = "H100"
 
@@ -73,7 +75,7 @@ def ratio(value: float | None) -> str:
     if value is None:
         return "-"
     text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-    return f"**{text}, slower**" if value < 1 else text
+    return f"**{text}, slower**" if value < SLOWER else text
 
 
 def _percent(value: float | None) -> str:
@@ -238,7 +240,7 @@ def losses(one: Comparison) -> Iterator[Loss]:
     }
     for rival in rivals.values():
         speed_up = one.speed_up(rival)
-        if speed_up is not None and speed_up < 1:
+        if speed_up is not None and speed_up < SLOWER:
             own = rival is torch_path(one)
             yield Loss(one, "this package's torch path" if own else f"`{rival.provider}`", 1 / speed_up)
     more = one.memory_ratio()
