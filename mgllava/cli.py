@@ -97,34 +97,28 @@ def chat(
     """Ask about a picture. In a conversation, RESET forgets it and EXIT ends it."""
     from transformers.utils import logging
 
-    from .chat import ChatSession, default_device, load_model, stdout_streamer
+    from .chat import (
+        ChatSession,
+        check_device,
+        check_model_folder,
+        default_device,
+        load_model,
+        stdout_streamer,
+    )
     from .image_processing_mgllava import load_picture
-    from .objects.boxes import load_detections
-    from .objects.detect import check_detector, detect_objects, draw_selections
-    from .objects.detectors import load_detector
-    from .objects.tags import load_tagger
+    from .objects.detect import check_sources, draw_selections, gather_detections
 
     logging.disable_progress_bar()
     images = image or []
-    if detector is None and (tags or detector_checkpoint):
-        raise ValueError("--tags and --detector-checkpoint are for a detector; add --detector NAME")
-    if detector:
-        check_detector(detector, tags is not None)
-    if detector and boxes:
-        raise ValueError("--boxes and --detector are two sources of boxes; give one of them")
-    if boxes and len(boxes) != len(images):
-        raise ValueError(f"{len(images)} pictures came with {len(boxes)} boxes files; expected one for each")
+    check_sources(len(images), boxes, detector, tags, detector_checkpoint, prompt)
+    check_model_folder(model)
     # Everything that can be wrong with the input shows before the weights load.
     pictures = [load_picture(name) for name in images]
-    detections = (
-        [load_detections(path, image=name) for path, name in zip(boxes, images, strict=True)] if boxes else []
+    place = default_device() if device == "auto" else str(check_device(device))
+    detections = gather_detections(
+        pictures, images, boxes, detector, tags, detector_checkpoint, device=place, question=prompt
     )
-    if images and detector:
-        place = default_device() if device == "auto" else device
-        tagger = load_tagger(tags, device=place) if tags else None
-        found_by = load_detector(detector, checkpoint=detector_checkpoint, device=place)
-        detections = detect_objects(pictures, found_by, tagger, prompt)
-    elif images and not boxes:
+    if images and detections is None:
         console.print("no --boxes, no --detector: the picture is read without objects", style="dim")
     loaded, processor = load_model(model, dtype, device)
     if draw is not None:
@@ -137,9 +131,7 @@ def chat(
         ):
             console.print("wrote", str(path), markup=False, highlight=False)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    session = ChatSession(
-        loaded, processor, pictures, detections or None, max_new_tokens=max_new_tokens, **sampling
-    )
+    session = ChatSession(loaded, processor, pictures, detections, max_new_tokens=max_new_tokens, **sampling)
     streamer = stdout_streamer(processor)
     if prompt is not None:
         session.ask(prompt, streamer)

@@ -22,6 +22,7 @@ PACKAGES = (
     "accelerate",
     "huggingface_hub",
     "pillow",
+    "opencv-python-headless",
 )
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all."""
 
+import glob
 import os
 import secrets
 import shutil
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file", "replace_folder"]
+__all__ = ["remove_scratch", "replace_file", "replace_folder"]
 
 
 @contextmanager
@@ -23,6 +24,12 @@ def replace_file(path: Path) -> Iterator[Path]:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def remove_scratch(path: Path) -> None:
+    """Remove what `replace_file` of this path left behind where it was killed; only where no other may be at work."""
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
+        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

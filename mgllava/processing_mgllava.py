@@ -16,8 +16,11 @@ from .image_processing_mgllava import (
     MGLlavaImagesKwargs,
     flatten_detections,
     flatten_images,
+    load_picture,
 )
 from .objects.boxes import detections_to_boxes
+from .objects.detect import detect_missing
+from .objects.detector import Detector
 
 __all__ = ["MGLlavaProcessor"]
 
@@ -35,7 +38,7 @@ TEXT_OPTIONS = {
     "truncation",
     "verbose",
 }
-CALL_OPTIONS = {"common_kwargs", "detections", "images", "images_kwargs", "text_kwargs"}
+CALL_OPTIONS = {"common_kwargs", "detections", "detector", "images", "images_kwargs", "tags", "text_kwargs"}
 
 
 class MGLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -103,6 +106,8 @@ class MGLlavaProcessor(ProcessorMixin):
         audio: None = None,
         *,
         detections: Any = None,
+        detector: Detector | None = None,
+        tags: Sequence[str] | Sequence[Sequence[str]] | None = None,
         assistant_spans: Sequence[Spans] | None = None,
         **kwargs: Any,
     ) -> MGLlavaBatchFeature:
@@ -113,6 +118,9 @@ class MGLlavaProcessor(ProcessorMixin):
                 `MGLlavaImageProcessor.preprocess` for what a picture may be.
             text: one text or several. Texts without a picture may stand beside others.
             detections: for each picture `{"boxes", "labels", "scores"}` or `None`, nested like `images`.
+            detector: finds the objects of pictures that come without detections; see
+                `mgllava.objects.load_detector`.
+            tags: names the detector shall look for, where it wants some: a list for all pictures or one for each.
             assistant_spans: for each text the (start, end) character ranges the assistant wrote; adds
                 `assistant_masks`.
             kwargs: `padding`, `truncation`, `max_length`, `padding_side`, `pad_to_multiple_of`,
@@ -136,11 +144,12 @@ class MGLlavaProcessor(ProcessorMixin):
         if lost := [
             key
             for key in kwargs
-            if key in DETECTION_KEYS or get_close_matches(key, ["detections"], cutoff=0.9)
+            if key in DETECTION_KEYS
+            or get_close_matches(key, ["detections", "detector", "tags"], cutoff=0.85)
         ]:
             raise ValueError(
                 f"unknown option {lost[0]}; a picture's detections come as "
-                'detections=[{"boxes": ..., "labels": ..., "scores": ...}]'
+                'detections=[{"boxes": ..., "labels": ..., "scores": ...}], or by detector= and its tags='
             )
         pictures = [] if images is None else flatten_images(images)
         if text is None and not pictures:
@@ -150,6 +159,8 @@ class MGLlavaProcessor(ProcessorMixin):
             self._check_placeholders(texts, images, len(pictures))
         if detections is not None:
             detections = flatten_detections(detections, len(pictures))
+        if detector is None and tags is not None:
+            raise ValueError("tags are for a detector; give one, or leave them out")
 
         options = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
@@ -164,6 +175,13 @@ class MGLlavaProcessor(ProcessorMixin):
         num_boxes: list[int] = []
         if pictures:
             found = detections or [None] * len(pictures)
+            if detector is not None:
+                array_format = image_options.get("input_data_format")
+                pictures = [
+                    load_picture(picture, name=f"images[{index}]", input_data_format=array_format)
+                    for index, picture in enumerate(pictures)
+                ]
+                found = detect_missing(pictures, found, detector, tags)
             image_inputs = self.image_processor(pictures, found, **image_options)
             num_boxes = image_inputs["num_boxes"].tolist()
             data.update(image_inputs)

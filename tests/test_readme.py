@@ -32,6 +32,6 @@ def test_the_model_example(converted_golden, golden_dir, capsys):
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("command", ["demo", "chat", "convert", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "chat", "detect", "convert", "train", "scenes", "doctor"])
 def test_every_command_is_described(command):
     assert f"mgllava {command}" in README.read_text(encoding="utf-8")

@@ -4,17 +4,18 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..image_processing_mgllava import load_picture
-from .annotation_files import Found, PartFile, Parts, errors_file, parts_folder
+from .annotation_files import Found, PartFile, Parts, errors_file, parts_folder, stamp_of
 from .boxes import check_detections
 from .detector import Detections, Detector
 from .draw import explain_selection
@@ -24,9 +25,13 @@ from .tags import Tagger
 
 __all__ = ["Annotated", "annotate"]
 
-# A detector that refuses this many pictures before it takes one is the wrong one, or wrongly set.
-MOST_REFUSED_AT_FIRST = 20
+# A detector that fails on so many pictures in a row is broken, or the device is; one that has never found anything
+# and fails otherwise than by refusing its input (ValueError) needs no more than a few to show it.
+MOST_FAILED_IN_A_ROW = 20
+MOST_BROKEN_AT_FIRST = 3
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 MOST_WORKERS = 8
+LONGEST_NAME = 200  # of a drawing, in bytes; file systems take 255
 
 
 class Annotated(NamedTuple):
@@ -62,9 +67,13 @@ def annotate(
 
     Started by `accelerate launch` or torchrun, every process takes its share. What is found is kept line by line in a
     folder beside the output, so that after an interruption the same call, in any number of processes, does what is left
-    to do; pictures that could not be used are tried again. The main process makes the box file at the end, whole, and
-    beside it a list of the pictures that could not be used. The folder stays: with it, a later call with more pictures
-    looks only at the new ones.
+    to do; pictures that could not be used are tried again, last. The main process makes the box file at the end, whole,
+    and beside it a list of the pictures that could not be used. The folder stays: with it, a later call with more
+    pictures looks only at the new ones and at those whose file has changed.
+
+    A batch on which the detector fails is looked at in smaller ones, down to the picture that it fails on, which is
+    listed with the reason. Where memory runs out, batches stay smaller from there on. Detectors that pad the pictures
+    of a batch to one size (DETR, Grounding DINO) place and score boxes a little differently in other batches.
 
     Args:
         pictures: as `find_pictures` lists them, the same in every process.
@@ -72,10 +81,11 @@ def annotate(
         output: the box file. Coordinates are in pixels of the upright picture, rounded to 0.01; scores to 1e-6.
         settings: what the detections depend on, as JSON; a call that goes on must have the same.
         batch_size: pictures to a call of the detector.
-        draw: folder for a drawing of each picture this call looks at, named by its id; see `explain_selection`.
+        draw: folder for a drawing of each picture, named by its id; see `explain_selection`. Of pictures done before,
+            those that it lacks are drawn.
         num_workers: processes that read pictures ahead; 0 reads them between the batches. None: one for each core that
             is to be had, at most 8.
-        progress: show a bar on standard error, for the main process's share.
+        progress: show on standard error what was done before and a bar, for the main process's share.
 
     Returns:
         What was written; None in every process but the main one.
@@ -83,7 +93,9 @@ def annotate(
     Raises:
         ValueError: other settings than the call before, an output that is not of an earlier call, a detector without
             the tags it needs or that refuses every picture, or no picture that could be used.
-        OSError: the disk is full or not writable, or another process ended early. What is found is not lost.
+        RuntimeError: the detector fails on many pictures in a row, or on the first ones.
+        OSError: the disk is full or not writable, or another process ended early or is at work on the same files. What
+            is found is not lost.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -97,22 +109,40 @@ def annotate(
             "output"
         )
     share = _share(pictures, processes.index, processes.count)
-    todo = [picture for picture in share if picture.path not in parts]
+    stamps = {picture.path: stamp_of(picture) for picture in share}
+    todo = [picture for picture in share if not parts.has_boxes(picture, stamps[picture.path])]
+    failed_before = {picture.path for picture in todo if parts.has_failed(picture, stamps[picture.path])}
+    todo.sort(key=lambda picture: picture.path in failed_before)
+    any_found = len(parts) > 0
+    if any_found and progress and processes.is_main:
+        of = f" of process 1 of {processes.count}" if processes.count > 1 else ""
+        _say(
+            f"{len(share) - len(todo)} of {len(share)} pictures{of} were done before, by {parts_folder(output)}"
+        )
+    del parts  # of all processes' shares; a large data set has millions
+    if not processes.is_main:
+        pictures = share
+    if draw is not None:
+        draw = Path(draw)
+        draw.mkdir(parents=True, exist_ok=True)
     if todo:
-        detector, tagger = load()
-        if detector.needs_tags and tagger is None:
-            raise ValueError(f"{detector.name} looks for the names it is given; give it a source of tags")
-        run = _Run(detector, tagger, None if draw is None else Path(draw))
-        parts.keep_settings(settings)
-        if num_workers is None:
-            num_workers = _idle_cores(processes)
-        with (
-            PartFile(parts_folder(output), processes.index) as file,
-            _bar(len(share), len(share) - len(todo), processes, progress) as bar,
-        ):
-            for batch in _batches(todo, batch_size, num_workers):
-                file.append(run.find(batch))
-                bar.update(len(batch))
+        with PartFile(parts_folder(output), processes.index) as file:
+            detector, tagger = load()
+            if detector.needs_tags and tagger is None:
+                raise ValueError(f"{detector.name} looks for the names it is given; give it a source of tags")
+            Parts.keep_settings(output, settings)
+            if num_workers is None:
+                num_workers = _idle_cores(processes)
+            run = _Run(detector, tagger, stamps, failed_before, any_found, draw)
+            with _bar(len(share), len(share) - len(todo), processes, progress) as bar:
+                for batch in _batches(todo, batch_size, num_workers):
+                    file.append(run.find(batch))
+                    bar.update(len(batch))
+                    run.stop_if_broken()
+    if draw is not None:
+        _draw_missing(share, Parts(output), draw)
+    if progress and processes.is_main and processes.count > 1:
+        _say("waiting for the other processes")
     processes.wait()
     if not processes.is_main:
         return None
@@ -121,52 +151,123 @@ def annotate(
 
 
 class _Run:
-    """A detector at work on one process's share."""
+    """A detector at work on one process's share.
 
-    def __init__(self, detector: Detector, tagger: Tagger | None, draw: Path | None) -> None:
+    Args:
+        stamps: of the pictures, by their paths.
+        failed_before: paths of pictures that could not be used before; that they fail again says nothing new.
+        any_found: whether this data set has any detections.
+        draw: folder for drawings.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        tagger: Tagger | None,
+        stamps: Mapping[str, int | None],
+        failed_before: Set[str],
+        any_found: bool,
+        draw: Path | None,
+    ) -> None:
         self._detector = detector
         self._tagger = tagger if detector.needs_tags else None
+        self._stamps = stamps
+        self._failed_before = failed_before
+        self._any_found = any_found
         self._draw = draw
-        self._num_found = 0
-        self._num_refused = 0
-        if draw is not None:
-            draw.mkdir(parents=True, exist_ok=True)
+        self._largest_batch = sys.maxsize
+        self._failed_in_a_row = 0
+        self._broken: Exception | None = None
 
     def find(self, batch: Sequence[tuple[Picture, Image.Image | str]]) -> list[Found]:
         """What is on the pictures of a batch, each read or the reason why it was not."""
-        images = [image for _, image in batch if isinstance(image, Image.Image)]
-        results = iter(self._detect(images) if images else ())
+        read = [(picture, image) for picture, image in batch if isinstance(image, Image.Image)]
+        results = iter(self._detect(read) if read else ())
         found = []
         for picture, image in batch:
+            stamp = self._stamps[picture.path]
             result = image if isinstance(image, str) else next(results)
             if isinstance(result, str):
-                found.append(Found(picture.path, error=result))
+                found.append(Found(picture.path, stamp, error=result))
                 continue
             if self._draw is not None and isinstance(image, Image.Image):
                 explain_selection(image, **result.as_dict()).save(self._draw / _drawing_name(picture.id))
-            found.append(Found(picture.path, result))
+            found.append(Found(picture.path, stamp, result))
         return found
 
-    def _detect(self, images: list[Image.Image]) -> list[Detections | str]:
-        """The detections of each picture, or why the detector refuses it."""
-        try:
-            tags = None if self._tagger is None else self._tagger(images)
-            found = self._detector(images, tags)
-            for one in found:
-                check_detections(**one.as_dict())
-        except ValueError as error:
-            if len(images) > 1:
-                return [result for image in images for result in self._detect([image])]
-            self._num_refused += 1
-            if not self._num_found and self._num_refused >= MOST_REFUSED_AT_FIRST:
-                raise ValueError(
-                    f"{self._detector.name} refuses every picture so far ({self._num_refused}): {error}"
-                ) from error
-            return [f"{self._detector.name} refuses it: {error}"]
+    def stop_if_broken(self) -> None:
+        """Raise an error if the last pictures say that it is no single picture that is at fault."""
+        if self._broken is None:
+            return
+        kind = ValueError if isinstance(self._broken, ValueError) else RuntimeError
+        raise kind(
+            f"{self._detector.name} fails on one picture after the other ({self._failed_in_a_row}), at last with "
+            f"{type(self._broken).__name__}: {self._broken}; what was found before is kept, once this is put right "
+            "the same command goes on"
+        ) from self._broken
+
+    def _detect(self, batch: Sequence[tuple[Picture, Image.Image]]) -> list[Detections | str]:
+        """The detections of each picture, or why the detector finds none."""
+        if len(batch) <= self._largest_batch:
+            try:
+                found = self._call(batch)
+            except Exception as error:  # one picture must not end the run, whatever it brings to light
+                if len(batch) == 1:
+                    return [self._failure(batch[0][0], error)]
+                if isinstance(error, OUT_OF_MEMORY):
+                    self._largest_batch = len(batch) // 2
+                    _say(
+                        f"out of memory with {len(batch)} pictures at once; going on with {self._largest_batch} "
+                        f"(--batch-size {self._largest_batch})"
+                    )
+            else:
+                self._failed_in_a_row = 0
+                self._any_found = True
+                return found
+        # Not in the handler: there the error's frames still hold the memory of the call that failed.
+        middle = len(batch) // 2
+        return self._detect(batch[:middle]) + self._detect(batch[middle:])
+
+    def _call(self, batch: Sequence[tuple[Picture, Image.Image]]) -> list[Detections]:
+        images = [image for _, image in batch]
+        tags = None
+        if self._tagger is not None:
+            questions = [picture.question for picture, _ in batch] if self._tagger.needs_questions else None
+            tags = self._tagger(images, questions)
+        found = list(self._detector(images, tags))
         if len(found) != len(images):
-            raise RuntimeError(f"{self._detector.name} found {len(found)} results in {len(images)} pictures")
-        self._num_found += len(found)
-        return list(found)
+            raise RuntimeError(f"{len(found)} results for {len(images)} pictures")
+        for one in found:
+            check_detections(**one.as_dict())
+        return found
+
+    def _failure(self, picture: Picture, error: Exception) -> str:
+        """Why this picture cannot be used; notes if it is one of too many."""
+        name = self._detector.name
+        refused = isinstance(error, ValueError)
+        reason = (
+            f"{name} refuses it: {error}"
+            if refused
+            else f"{name} fails on it: {type(error).__name__}: {error}"
+        )
+        if picture.path not in self._failed_before and not (refused and self._any_found):
+            self._failed_in_a_row += 1
+            many = MOST_FAILED_IN_A_ROW if refused or self._any_found else MOST_BROKEN_AT_FIRST
+            if self._failed_in_a_row >= many:
+                self._broken = error
+        return reason
+
+
+def _draw_missing(share: Sequence[Picture], parts: Parts, folder: Path) -> None:
+    """Draw the pictures that were done before and have no drawing yet."""
+    missing = [picture for picture in share if not (folder / _drawing_name(picture.id)).exists()]
+    for picture, found in parts.found(missing):
+        try:
+            image = load_picture(Path(picture.path))
+        except Exception as error:  # the file may have been damaged since
+            _say(f"{picture.path} has boxes but cannot be drawn: {error}")
+            continue
+        explain_selection(image, **found).save(folder / _drawing_name(picture.id))
 
 
 class _Read(Dataset):
@@ -197,7 +298,14 @@ def _batches(
     loader = iter(
         DataLoader(_Read(pictures), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, **ahead)
     )
-    while batch := list(islice(loader, batch_size)):
+    for first in range(0, len(pictures), batch_size):
+        try:
+            batch = list(islice(loader, batch_size))
+        except RuntimeError as error:  # all that a picture raises is caught where it is read
+            raise ChildProcessError(
+                f"a process that reads pictures ended ({error}); memory is short, or one of the pictures that follow "
+                f"{pictures[first].path}, or that one, is at fault"
+            ) from error
         yield batch
 
 
@@ -237,5 +345,12 @@ def _bar(total: int, done: int, processes: Processes, progress: bool) -> tqdm:
     )
 
 
+def _say(text: str) -> None:
+    tqdm.write(f"detect: {text}", file=sys.stderr)
+
+
 def _drawing_name(id: str | int) -> str:
-    return f"{str(id).replace('%', '%25').replace('/', '%2F')}.jpg"
+    name = str(id).replace("%", "%25").replace("/", "%2F").encode(errors="replace")
+    if len(name) > LONGEST_NAME:
+        name = name[:LONGEST_NAME] + f"-{zlib.crc32(name):08x}".encode()
+    return f"{name.decode(errors='ignore')}.jpg"

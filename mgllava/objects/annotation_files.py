@@ -1,18 +1,21 @@
 """The files of an annotation: what is found so far, one line a picture, and the box file made of it."""
 
+import fcntl
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from ..files import replace_file
+from ..files import remove_scratch, replace_file
 from .detector import Detections
 from .pictures import Picture
 
-__all__ = ["Found", "PartFile", "Parts", "errors_file", "parts_folder"]
+__all__ = ["Found", "PartFile", "Parts", "errors_file", "parts_folder", "stamp_of"]
 
 SETTINGS = "settings.json"
 
@@ -27,16 +30,28 @@ def errors_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}.errors.json")
 
 
+def stamp_of(picture: Picture) -> int | None:
+    """A number that changes with the picture's file (its size or time of change) and question; None without a file."""
+    try:
+        status = os.stat(picture.path)
+    except OSError:
+        return None
+    state = f"{status.st_size} {status.st_mtime_ns} {picture.question}"
+    return zlib.crc32(state.encode(errors="replace"))
+
+
 class Found(NamedTuple):
     """What became of one picture.
 
     Attributes:
         path: of the picture.
+        stamp: of the state it was in, by `stamp_of`.
         detections: on it; None if there is an error.
         error: why the picture could not be used.
     """
 
     path: str
+    stamp: int | None
     detections: Detections | None = None
     error: str | None = None
 
@@ -48,7 +63,8 @@ class PartFile:
     is skipped by whoever reads it, so nothing written is ever changed.
 
     Raises:
-        OSError: the disk is full or not writable; lines written before are intact.
+        OSError: the disk is full or not writable, or another process has the file open here; lines written before are
+            intact.
     """
 
     def __init__(self, folder: Path, process: int) -> None:
@@ -57,6 +73,7 @@ class PartFile:
 
     def __enter__(self) -> Self:
         self._file = self.path.open("ab+", buffering=0)
+        self._lock()
         if (
             self._file.seek(0, os.SEEK_END)
             and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n"
@@ -72,6 +89,19 @@ class PartFile:
     ) -> None:
         self._file.close()
 
+    def _lock(self) -> None:
+        try:
+            # Unlike flock's, this lock ends with this process, whatever processes it has started.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self._file.close()
+            raise OSError(
+                f"another process writes {self.path}; wait for it or name another output, and start several processes "
+                "together by accelerate launch or torchrun"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
     def append(self, found: Iterable[Found]) -> None:
         """Add a line for each picture."""
         self._write(b"".join(_line(one) for one in found))
@@ -83,7 +113,7 @@ class PartFile:
 
 
 def _line(found: Found) -> bytes:
-    line: dict[str, Any] = {"picture": found.path}
+    line: dict[str, Any] = {"picture": found.path, "stamp": found.stamp}
     if found.detections is None:
         line["error"] = found.error
     else:
@@ -93,34 +123,68 @@ def _line(found: Found) -> bytes:
     return json.dumps(line, allow_nan=False).encode() + b"\n"
 
 
-class Parts:
-    """What all processes of all runs have found so far for one box file.
+class Line(NamedTuple):
+    """Where a picture's line is.
 
     Attributes:
-        errors: by the path of each picture that could not be used, why.
+        stamp: of the state the picture was in.
+        error: why it could not be used; None if the line holds boxes.
+        file: number of the file.
+        start: first byte of the line.
+        length: in bytes.
     """
+
+    stamp: int | None
+    error: str | None
+    file: int
+    start: int
+    length: int
+
+
+class Parts:
+    """What all processes of all runs have found so far for one box file."""
 
     def __init__(self, output: Path) -> None:
         self._folder = parts_folder(output)
         self._files = sorted(self._folder.glob("process-*.jsonl"))
-        self._places: dict[str, tuple[int, int, int]] = {}  # file, first byte and length of a picture's line
-        self.errors: dict[str, str] = {}
+        self._first: dict[str, Line] = {}
+        self._all: dict[str, list[Line]] = {}  # of pictures with several
+        self._num_found = 0
         for number, path in enumerate(self._files):
-            for start, raw, line in _whole_lines(path):
-                if "boxes" in line:
-                    self._places.setdefault(line["picture"], (number, start, len(raw)))
-                else:
-                    self.errors[line["picture"]] = line["error"]
-        for path in self._places.keys() & self.errors.keys():
-            del self.errors[path]
-
-    def __contains__(self, path: str) -> bool:
-        """Whether the boxes of this picture are found."""
-        return path in self._places
+            for start, raw, content in _whole_lines(path):
+                error = None if "boxes" in content else content["error"]
+                line = Line(content.get("stamp"), error, number, start, len(raw))
+                self._num_found += error is None
+                first = self._first.setdefault(content["picture"], line)
+                if first is not line:
+                    self._all.setdefault(content["picture"], [first]).append(line)
 
     def __len__(self) -> int:
-        """How many pictures' boxes are found."""
-        return len(self._places)
+        """How many lines hold boxes."""
+        return self._num_found
+
+    def has_boxes(self, picture: Picture, stamp: int | None) -> bool:
+        """Whether the boxes of this picture are found, in the state of the stamp; in any where it has no file now."""
+        return any(
+            line.error is None and stamp in (None, line.stamp) for line in self._lines_of(picture.path)
+        )
+
+    def has_failed(self, picture: Picture, stamp: int | None) -> bool:
+        """Whether this picture, in the state of the stamp, could not be used before."""
+        return any(line.error is not None and line.stamp == stamp for line in self._lines_of(picture.path))
+
+    def _lines_of(self, path: str) -> list[Line]:
+        if path in self._all:
+            return self._all[path]
+        return [self._first[path]] if path in self._first else []
+
+    def _line_of(self, picture: Picture) -> Line | None:
+        """The line that counts: of the picture as it is now rather than as it was, with boxes rather than without."""
+        lines = self._lines_of(picture.path)
+        if len(lines) < 2:
+            return lines[0] if lines else None
+        stamp = stamp_of(picture)
+        return max(lines, key=lambda line: (line.stamp == stamp, line.error is None))
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to mix detections of two kinds.
@@ -140,15 +204,17 @@ class Parts:
             ) from error
         now = json.loads(json.dumps(dict(settings)))
         for key in sorted(begun.keys() | now.keys()):
-            if begun.get(key) != now.get(key):
+            name, before, after = _first_difference(key, begun.get(key), now.get(key))
+            if before != after:
                 raise ValueError(
-                    f"{self._folder} was begun with {key} = {_short(begun.get(key))}, now it is "
-                    f"{_short(now.get(key))}; go on with the former, remove the folder or name another output"
+                    f"{self._folder} was begun with {name} = {_short(before)}, now it is {_short(after)}; go on with "
+                    "the former, name another output, or remove this folder and the box file"
                 )
 
-    def keep_settings(self, settings: Mapping[str, Any]) -> None:
-        """Write down what the detections are made with."""
-        path = self._folder / SETTINGS
+    @staticmethod
+    def keep_settings(output: Path, settings: Mapping[str, Any]) -> None:
+        """Write down what the detections for a box file are made with."""
+        path = parts_folder(output) / SETTINGS
         with _say_what_is_kept(path), replace_file(path) as scratch:
             scratch.write_text(json.dumps(dict(settings), indent=1), encoding="utf-8")
 
@@ -162,16 +228,19 @@ class Parts:
             ValueError: a picture of which nothing is known yet, or none that could be used.
             OSError: the disk is full or not writable; a box file that was there still is.
         """
-        missing = [path for _, path in pictures if path not in self and path not in self.errors]
+        lines = [self._line_of(picture) for picture in pictures]
+        missing = [picture for picture, line in zip(pictures, lines, strict=True) if line is None]
         if missing:
             raise ValueError(
-                f"{len(missing)} pictures have no boxes yet, {missing[0]} for one; run the same command again"
+                f"{len(missing)} pictures have no boxes yet, {missing[0].path} for one; run the same command again"
             )
         errors = [
-            {"id": id, "picture": path, "error": self.errors[path]}
-            for id, path in pictures
-            if path not in self
+            {"id": picture.id, "picture": picture.path, "error": line.error}
+            for picture, line in zip(pictures, lines, strict=True)
+            if line is not None and line.error is not None
         ]
+        for path in (output, errors_file(output)):
+            remove_scratch(path)
         _write_errors(errors_file(output), errors)
         if len(errors) == len(pictures):
             raise ValueError(
@@ -184,21 +253,22 @@ class Parts:
             replace_file(output) as scratch,
             scratch.open("w", encoding="utf-8") as file,
         ):
-            for number, (id, line) in enumerate(self._lines(pictures)):
-                num_boxes += len(line["boxes"])
-                entry = {"id": id, **{key: line[key] for key in ("boxes", "scores", "labels")}}
-                file.write((",\n" if number else "[\n") + json.dumps(entry))
+            for number, (picture, found) in enumerate(self.found(pictures)):
+                num_boxes += len(found["boxes"])
+                file.write((",\n" if number else "[\n") + json.dumps({"id": picture.id, **found}))
             file.write("\n]\n")
         return len(pictures) - len(errors), num_boxes
 
-    def _lines(self, pictures: Sequence[Picture]) -> Iterator[tuple[str | int, dict[str, Any]]]:
+    def found(self, pictures: Iterable[Picture]) -> Iterator[tuple[Picture, dict[str, Any]]]:
+        """Those of the pictures that have boxes, each with these, their scores and labels."""
         files = [path.open("rb") for path in self._files]
         try:
-            for id, path in pictures:
-                if path in self:
-                    number, start, length = self._places[path]
-                    files[number].seek(start)
-                    yield id, json.loads(files[number].read(length))
+            for picture in pictures:
+                line = self._line_of(picture)
+                if line is not None and line.error is None:
+                    files[line.file].seek(line.start)
+                    content = json.loads(files[line.file].read(line.length))
+                    yield picture, {key: content[key] for key in ("boxes", "scores", "labels")}
         finally:
             for file in files:
                 file.close()
@@ -236,6 +306,15 @@ def _say_what_is_kept(path: Path) -> Iterator[None]:
             f"{error.strerror}; nothing found before is lost, once this is put right the same command goes on",
             str(path),
         ) from error
+
+
+def _first_difference(name: str, before: Any, after: Any) -> tuple[str, Any, Any]:
+    """Of long lists, which look the same when cut short, the first entry that differs."""
+    if isinstance(before, list) and isinstance(after, list) and max(len(before), len(after)) > 5:
+        for index, (one, other) in enumerate(zip_longest(before, after)):
+            if one != other:
+                return f"{name}[{index}]", one, other
+    return name, before, after
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,8 +179,8 @@ def load_detections(
     Args:
         path: the file.
         id: the entry wanted out of a list.
-        image: the picture's path, whose stem serves as id where `id` is not given; `000042.jpg` finds `42`.
-            A list of one entry needs neither.
+        image: the picture's path, whose stem serves as id where `id` is not given; `000042.jpg` finds `42`. Where no
+            id is the stem, one that the path ends in counts, `train/1.jpg`. A list of one entry needs neither.
 
     Returns:
         A dictionary with `boxes` and, where the file has them, `labels` and `scores`; boxes in pixels.
@@ -226,11 +227,26 @@ def _select_entry(
     matches = [entry for entry in entries if str(entry.get("id")) == wanted]
     if not matches and id is None and wanted.isdecimal():
         matches = [entry for entry in entries if _is_number(entry.get("id"), int(wanted))]
+    if not matches and id is None:
+        matches = _entries_at(os.path.abspath(image), entries)
     if len(matches) != 1:
+        ids = ", ".join(repr(entry.get("id")) for entry in entries[:3])
         raise ValueError(
-            f"{path} holds {len(matches)} entries of id {wanted!r} among {len(entries)}, expected one"
+            f"{path} holds {len(matches)} entries of id {wanted!r} among {len(entries)}, expected one; its ids are "
+            f"{ids}{', ...' if len(entries) > 3 else ''}"
         )
     return matches[0]
+
+
+def _entries_at(place: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those whose id is the longest end of a path, in whole names: pictures of equal stems have such ids."""
+    ends = {
+        str(entry["id"])
+        for entry in entries
+        if "id" in entry and place.endswith(f"/{entry['id']}".replace("//", "/"))
+    }
+    longest = max(ends, key=len, default=None)
+    return [entry for entry in entries if longest is not None and str(entry.get("id")) == longest]
 
 
 def _is_number(id: Any, number: int) -> bool:

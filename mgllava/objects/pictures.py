@@ -1,5 +1,6 @@
 """The pictures of a data set, and the id that the boxes of each are found by."""
 
+import filecmp
 import json
 import os
 from collections import Counter
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["SUFFIXES", "Picture", "find_pictures"]
+__all__ = ["SUFFIXES", "Picture", "check_drawings", "find_pictures"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
 
@@ -18,25 +19,31 @@ class Picture(NamedTuple):
     Attributes:
         id: what its boxes are found by; of the type that the records have.
         path: where it is, absolute.
+        question: all that records ask about it; empty where nobody wants to know.
     """
 
     id: str | int
     path: str
+    question: str = ""
 
 
-def find_pictures(sources: Sequence[str | Path], pictures: str | Path | None = None) -> list[Picture]:
+def find_pictures(
+    sources: Sequence[str | Path], pictures: str | Path | None = None, *, questions: bool = False
+) -> list[Picture]:
     """The pictures of files, folders and records, each once and in the order given; folders are sorted.
 
     In a folder and all that is below it, names that end in one of `SUFFIXES` count, except hidden ones. Such a picture,
     and one given by its name, has its stem for an id; several of the same stem have their path below the folder common
     to all pictures, `train/1.jpg` and `test/1.jpg`.
 
-    A file `.json` or `.jsonl` holds records in LLaVA's form, `{"id", "image", ...}`; the id is the record's. Records
-    with no picture, or with several, are left out, as training leaves them out.
+    A file `.json` or `.jsonl` holds records in LLaVA's form, `{"id", "image", ...}`; the id is the record's, or its
+    `question_id` where it has none. Records with no picture, or with several, are left out, as training leaves them
+    out. One id may stand for several files if their bytes are the same; the first counts.
 
     Args:
         sources: files, folders and records.
         pictures: the folder that the records' pictures are relative to.
+        questions: whether to read what the records ask: their `text`, or what the human says.
 
     Raises:
         FileNotFoundError: a source that does not exist.
@@ -50,7 +57,7 @@ def find_pictures(sources: Sequence[str | Path], pictures: str | Path | None = N
         elif not source.exists():
             raise FileNotFoundError(f"there is no file or folder {source}")
         elif source.suffix.lower() in (".json", ".jsonl"):
-            recorded += _pictures_of_records(source, pictures)
+            recorded += _pictures_of_records(source, pictures, questions)
         else:
             paths[os.path.abspath(source)] = None
     if pictures is not None and not any(_is_records(source) for source in sources):
@@ -64,6 +71,27 @@ def find_pictures(sources: Sequence[str | Path], pictures: str | Path | None = N
             'for records with an "image" in JSON files'
         )
     return _each_once(found)
+
+
+def check_drawings(folder: str | Path, sources: Sequence[str | Path], pictures: Sequence[Picture]) -> None:
+    """Refuse a folder for drawings where they would be found as pictures, or take the place of one.
+
+    Raises:
+        ValueError: it is a folder out of `sources`, is below one, or holds one of the pictures.
+    """
+    place = Path(os.path.realpath(folder))
+    for source in sources:
+        if Path(source).is_dir() and place.is_relative_to(os.path.realpath(source)):
+            raise ValueError(
+                f"drawings in {folder} would be taken for pictures of {source} by the next call; name a folder that is "
+                "not below it"
+            )
+    for beside in {os.path.dirname(picture.path) for picture in pictures}:
+        if os.path.realpath(beside) == str(place):
+            raise ValueError(
+                f"there are pictures in {folder}, of which a drawing could take the place; name another folder for "
+                "drawings"
+            )
 
 
 def _is_records(source: str | Path) -> bool:
@@ -94,7 +122,7 @@ def _ids_of_paths(paths: list[str]) -> dict[str, str]:
     return ids
 
 
-def _pictures_of_records(records: Path, pictures: str | Path | None) -> list[Picture]:
+def _pictures_of_records(records: Path, pictures: str | Path | None, questions: bool) -> list[Picture]:
     if pictures is not None and not Path(pictures).is_dir():
         raise ValueError(f"pictures: there is no folder {pictures}")
     found = []
@@ -106,7 +134,7 @@ def _pictures_of_records(records: Path, pictures: str | Path | None) -> list[Pic
             image = image[0]
         if not image or isinstance(image, list):
             continue
-        id = record.get("id")
+        id = record.get("id", record.get("question_id"))
         if isinstance(id, bool) or not isinstance(id, (str, int)):
             raise ValueError(
                 f"{records}: record {number} has the id {id!r}, expected text or a number; boxes are found by it"
@@ -117,8 +145,18 @@ def _pictures_of_records(records: Path, pictures: str | Path | None) -> list[Pic
             raise ValueError(
                 f"{records}: record {number} has the picture {image!r}; give the folder of pictures (--pictures)"
             )
-        found.append(Picture(id, os.path.abspath(os.path.join(pictures or "", image))))
+        path = os.path.abspath(os.path.join(pictures or "", image))
+        found.append(Picture(id, path, _question(record) if questions else ""))
     return found
+
+
+def _question(record: Mapping[str, Any]) -> str:
+    turns = record.get("conversations")
+    asked = [record.get("text")]
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, Mapping) and turn.get("from") == "human":
+            asked.append(turn.get("value"))
+    return "\n".join(text.replace("<image>", " ").strip() for text in asked if isinstance(text, str))
 
 
 def _read_records(path: Path) -> list[Any]:
@@ -136,11 +174,24 @@ def _read_records(path: Path) -> list[Any]:
 
 def _each_once(pictures: list[Picture]) -> list[Picture]:
     by_id: dict[str, Picture] = {}
+    asked: dict[str, dict[str, None]] = {}  # the questions of each path
     for picture in pictures:
         other = by_id.setdefault(str(picture.id), picture)
-        if other.path != picture.path:
+        if other.path != picture.path and not _same_bytes(other.path, picture.path):
             raise ValueError(
-                f"the id {picture.id} stands for {other.path} and for {picture.path}; boxes are found by the id, so "
-                "give each picture its own"
+                f"the id {picture.id} stands for {other.path} and for {picture.path}, which differ; boxes are found by "
+                "the id, so give each picture its own"
             )
-    return list(by_id.values())
+        if picture.question:
+            asked.setdefault(other.path, {})[picture.question] = None
+    return [
+        picture._replace(question="\n".join(asked[picture.path])) if picture.path in asked else picture
+        for picture in by_id.values()
+    ]
+
+
+def _same_bytes(path: str, other: str) -> bool:
+    try:
+        return filecmp.cmp(path, other, shallow=False)
+    except OSError:
+        return False

@@ -6,6 +6,7 @@ They come from a list, a file, a shipped vocabulary, the question, or a model th
     tags = tagger([picture])  # one list for each picture
 """
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -29,6 +30,7 @@ __all__ = [
     "question_tags",
     "read_tags",
     "split_tags",
+    "tagger_name",
     "vocabulary",
 ]
 
@@ -47,6 +49,8 @@ TAGGERS: dict[str, str] = {
 
 RAM_REPOSITORY, RAM_FILE = "xinyu1205/recognize-anything-plus-model", "ram_plus_swin_large_14m.pth"
 RAM_SIDE = 384  # of its pictures, in pixels
+
+FILE_NAME = re.compile(r"[^,]*\.[A-Za-z]{2,5}")  # "names.txt", but no "st. bernard"
 
 # Words of a question that the vocabularies list as things: "Can you see a tin can?"
 NOT_NOUNS = {"can"}
@@ -94,19 +98,27 @@ class Tagger(Protocol):
         ...
 
 
+def tagger_name(source: str) -> str:
+    """A source of tags as `TAGGERS` spells it, in whatever case it is written; others as they are."""
+    name = source.strip().lower()
+    return name if name in TAGGERS else source
+
+
 def load_tagger(source: str, *, checkpoint: str | None = None, device: str | torch.device = "cpu") -> Tagger:
     """Find the source of tags that a command line names.
 
     Args:
-        source: one of `TAGGERS`, a text file (`.txt`), or a list such as "cat, traffic light".
+        source: one of `TAGGERS`, a text file (what ends like a file's name), or a list such as "cat, traffic light".
         checkpoint: folder or hub id of Florence-2's weights, or RAM++'s `.pth` file, where not the published ones.
         device: where such a model runs.
 
     Raises:
-        ValueError: no tag in the list or file, or a checkpoint for a source that has none.
+        ValueError: no tag in the list or file, what looks like a misspelt member of `TAGGERS`, or a checkpoint for a
+            source that has none.
         OSError: there is no such file, or no such weights.
         ImportError: the package that RAM++ needs is not installed.
     """
+    source = tagger_name(source)
     if source == "florence-2":
         from .detectors import load_detector
 
@@ -119,9 +131,11 @@ def load_tagger(source: str, *, checkpoint: str | None = None, device: str | tor
         return QuestionTags()
     if source in VOCABULARIES:
         return FixedTags(vocabulary(source), name=source)
-    if source.lower().endswith(".txt"):
+    if FILE_NAME.fullmatch(source) or ("." in source and Path(source).is_file()):
         return FixedTags(read_tags(source), name=source)
-    return FixedTags(split_tags(source), name=source)
+    tags = split_tags(source)
+    _refuse_sources_among(tags, source)
+    return FixedTags(tags, name=source)
 
 
 def vocabulary(name: str) -> list[str]:
@@ -166,14 +180,27 @@ def split_tags(text: str) -> list[str]:
     return tags
 
 
+def _refuse_sources_among(tags: Sequence[str], source: str) -> None:
+    """Nobody looks for a coco: a source of tags is meant, and what is looked for would be its name."""
+    if "," in source:
+        for tag in tags if len(tags) > 1 else ():
+            if tag.lower() in TAGGERS:
+                raise ValueError(f"tags are {source!r}; expected names, or {tag.lower()!r} alone")
+    elif source.lower() not in _known_forms()[0]:
+        for near in difflib.get_close_matches(source.lower(), TAGGERS, n=1, cutoff=0.8):
+            raise ValueError(
+                f"tags are {source!r}; did you mean {near!r}? For the name itself write '{source},'"
+            )
+
+
 def question_tags(question: str) -> list[str]:
     """The things a question names, in its order: words, and runs of words, of the shipped vocabularies.
 
-    Plurals count and come back as singulars. What no vocabulary knows is passed over; a colour that is also a
-    thing (orange) counts as a thing.
+    Plurals count and come back as singulars, and hyphens are spaces. What no vocabulary knows is passed over; a
+    colour that is also a thing (orange) counts as a thing.
     """
     known, longest = _known_forms()
-    words = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", question.lower())
+    words = re.findall(r"[a-z0-9]+", question.lower())
     tags: list[str] = []
     start = 0
     while start < len(words):
@@ -309,7 +336,8 @@ def _known_forms() -> tuple[Mapping[str, str], int]:
     names = [name for name in _clean(list(singulars)) if name not in NOT_NOUNS]
     known: dict[str, str] = {plural: name for name in names for plural in _plurals(name)}
     known |= {name: name for name in names}
-    return known, max(len(name.split()) for name in names)
+    known = {form.replace("-", " "): name for form, name in known.items()}
+    return known, max(len(form.split()) for form in known)
 
 
 def _plurals(name: str) -> list[str]:

@@ -59,7 +59,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help=SPLIT_HELP)] = "test",
     scenes: Annotated[int, typer.Option(min=1, help="How many; each gets one question.")] = 2000,
     show: Annotated[
-        str, typer.Option(help="all, no_objects, or low_res: what of each picture the model gets.")
+        str, typer.Option(help="all, proposals, no_objects, or low_res: what of each picture the model gets.")
     ] = "all",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",

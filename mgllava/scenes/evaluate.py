@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..objects.detector import Detector
+from ..objects.detectors import load_detector
 from .dataset import SceneDataset
 from .objects import SIZES
 from .questions import CHANCE, FAMILIES
@@ -17,7 +19,7 @@ from .vocabulary import split_words
 
 __all__ = ["SHOWN", "FamilyScore", "evaluate_answers"]
 
-SHOWN = ("all", "no_objects", "low_res")
+SHOWN = ("all", "proposals", "no_objects", "low_res")
 LONGEST_ANSWER = 12  # tokens
 
 
@@ -66,8 +68,9 @@ def evaluate_answers(
         processor: its processor.
         split, num_scenes, first: the scenes.
         families: of the questions.
-        show: `all`; `no_objects`: pictures without their boxes; `low_res`: without them, and with a blank
-            high-resolution view.
+        show: `all`: pictures with the boxes of `mgllava.scenes.detect`; `proposals`: with those that the detector of
+            that name finds; `no_objects`: without boxes; `low_res`: without them, and with a blank high-resolution
+            view.
         batch_size: questions at once.
         progress: show a bar on standard error.
 
@@ -76,15 +79,17 @@ def evaluate_answers(
 
     Raises:
         ValueError: an unknown split, family or name in `show`, or no scenes.
+        ImportError: `proposals` without OpenCV.
     """
     if show not in SHOWN:
         raise ValueError(f"show is {show!r}; expected one of {', '.join(SHOWN)}")
+    detector = load_detector(show) if show == "proposals" else None
     scenes = SceneDataset(split, num_scenes, turns=1, families=families, first=first)
     loader = DataLoader(scenes, batch_size=batch_size, collate_fn=list, num_workers=1)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     bar = tqdm(total=num_scenes, desc="questions", disable=not progress)
     for items in loader:
-        for item, answer in zip(items, _answers(model, processor, items, show), strict=True):
+        for item, answer in zip(items, _answers(model, processor, items, show, detector), strict=True):
             (turn,) = item["turns"]
             is_right = split_words(answer.lower()) == split_words(turn.answer)
             for group in ("all", turn.family, *_smallest(item)):
@@ -113,7 +118,9 @@ def _smallest(item: dict[str, Any]) -> list[str]:
 
 
 @torch.inference_mode()
-def _answers(model: Any, processor: Any, items: Sequence[dict[str, Any]], show: str) -> list[str]:
+def _answers(
+    model: Any, processor: Any, items: Sequence[dict[str, Any]], show: str, detector: Detector | None
+) -> list[str]:
     conversations = []
     for item in items:
         picture = {"type": "image", "image": item["image"]}
@@ -127,7 +134,7 @@ def _answers(model: Any, processor: Any, items: Sequence[dict[str, Any]], show: 
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"padding": True},
+        processor_kwargs={"padding": True, "detector": detector},
     ).to(model.device)
     if show == "low_res":
         inputs["pixel_values_high_res"] = torch.zeros_like(inputs["pixel_values_high_res"])

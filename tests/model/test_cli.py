@@ -76,12 +76,26 @@ def test_chat_finds_objects_and_draws_what_the_model_gets(run, converted_golden,
         (["--tags", "cat"], "add --detector NAME"),
         (["--detector", "owlv2"], "looks for the names it is given; add --tags"),
         (["--detector", "proposals", "--tags", "cat"], "proposals has names of its own"),
+        (["--detector", "owlv2", "--tags", "question"], "ask it with --prompt"),
+        (["--detector", "owlv2", "--tags", "cat", "--device", "nowhere"], "device 'nowhere' cannot be used"),
     ],
 )
 def test_detectors_of_a_conversation(run, converted_golden, picture, options, message):
     result = run("chat", "--model", converted_golden, "--image", picture, *options)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_a_detector_needs_a_picture(run, converted_golden):
+    result = run("chat", "--model", converted_golden, "--detector", "proposals", "--prompt", QUESTION)
+    assert result.exit_code == 1
+    assert "add --image FILE" in result.stderr
+
+
+def test_a_wrong_model_shows_before_the_detector_loads(run, picture, tmp_path):
+    result = run("chat", "--model", tmp_path, "--image", picture, "--detector", "owlv2", "--tags", "cat")
+    assert result.exit_code == 1
+    assert "no config.json" in result.stderr
 
 
 def test_chat_answers_without_a_picture(run, converted_golden):

@@ -25,6 +25,7 @@ from mgllava.chat_templates import (
 )
 from mgllava.image_processing_mgllava import MGLlavaImageProcessor
 from mgllava.objects import load_detections
+from mgllava.objects.detector import Detections
 from mgllava.processing_mgllava import MGLlavaProcessor
 
 NUM_IMAGE_TOKENS = 4
@@ -340,7 +341,69 @@ def test_detections_through_processor_kwargs():
         processor.apply_chat_template(both, tokenize=True, processor_kwargs={"detections": [CAT]})
 
 
-@pytest.mark.parametrize("name", ["boxes", "detection", "scores"])
+class CornerDetector:
+    """Finds one thing in the upper left corner of every picture, called as the first tag."""
+
+    name = "corner"
+
+    def __init__(self, needs_tags=False):
+        self.needs_tags = needs_tags
+        self.calls = []
+
+    def __call__(self, pictures, tags=None):
+        self.calls.append(([picture.size for picture in pictures], tags))
+        labels = ["thing"] * len(pictures) if tags is None else [names[0] for names in tags]
+        return [
+            Detections(((0.0, 0.0, picture.width / 2, picture.height / 2),), (label,), (0.9,))
+            for picture, label in zip(pictures, labels, strict=True)
+        ]
+
+
+def test_a_detector_finds_what_comes_without_detections(tmp_path):
+    """Boxes in pixels of each picture move to its canvas as given ones do; given ones stay."""
+    wide, detector = tmp_path / "wide.png", CornerDetector()
+    Image.new("RGB", (64, 32)).save(wide)
+    text = "<image> <image> <image>"
+    pictures = [PICTURE, wide, torch.zeros(3, 20, 20)]
+    inputs = make()(images=pictures, text=text, detections=[None, CAT_AND_DOG, None], detector=detector)
+    assert detector.calls == [([(40, 30), (20, 20)], None)]
+    found = [{"boxes": [[0, 0, 20, 15]]}, CAT_AND_DOG, {"boxes": [[0, 0, 10, 10]]}]
+    given = make()(images=pictures, text=text, detections=found)
+    assert inputs["num_boxes"].tolist() == [1, 2, 1]
+    for name in ("boxes", "pixel_values_high_res"):
+        torch.testing.assert_close(inputs[name], given[name], rtol=0, atol=0)
+    assert inputs["input_ids"] == given["input_ids"]
+
+
+def test_a_detector_reads_tags_and_conversations():
+    detector = CornerDetector(needs_tags=True)
+    user = {"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "Hi"}]}
+    options = {"tokenize": True, "return_dict": True, "detector": detector}
+    inputs = make().apply_chat_template([[user], [user]], tags=["cat", "dog"], **options)
+    assert detector.calls[-1] == ([(40, 30)] * 2, [["cat", "dog"]] * 2)
+    assert inputs["num_boxes"].tolist() == [1, 1]
+    make().apply_chat_template([[user], [user]], tags=[["cat"], ["bird"]], **options)
+    assert detector.calls[-1] == ([(40, 30)] * 2, [["cat"], ["bird"]])
+
+
+@pytest.mark.parametrize(
+    ("needs_tags", "tags", "message"),
+    [
+        (True, None, "add tags="),
+        (False, ["cat"], "leave tags out"),
+        (True, "cat", "expected a list"),
+        (True, [], "expected a list"),
+        (True, [["cat"], ["dog"]], "2 lists of tags for 1 pictures"),
+        (None, ["cat"], "tags are for a detector"),
+    ],
+)
+def test_tags_that_do_not_fit_the_detector_are_refused(needs_tags, tags, message):
+    detector = None if needs_tags is None else CornerDetector(needs_tags)
+    with pytest.raises(ValueError, match=message):
+        make()(images=PICTURE, text="<image>", detector=detector, tags=tags)
+
+
+@pytest.mark.parametrize("name", ["boxes", "detection", "scores", "detectors", "tag"])
 def test_detections_under_another_name_are_not_lost_silently(name):
     with pytest.raises(ValueError, match=f"unknown option {name}.*detections="):
         make()(images=PICTURE, text="<image>", **{name: [CAT]})

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from mgllava.objects.annotate import annotate
-from mgllava.objects.annotation_files import parts_folder
+from mgllava.objects.annotation_files import Parts, parts_folder
 from mgllava.objects.detector import Detections
 from mgllava.objects.pictures import find_pictures
 
@@ -45,13 +45,14 @@ class Numbers:
         log: file to which the number of each picture looked at is added.
         seconds: how long a picture takes.
         refuses: numbers of pictures it cannot take.
+        error: how it says so.
     """
 
     name = "numbers"
     needs_tags = False
 
-    def __init__(self, log=None, seconds=0.0, refuses=()):
-        self._log, self._seconds, self._refuses = log, seconds, refuses
+    def __init__(self, log=None, seconds=0.0, refuses=(), error=ValueError):
+        self._log, self._seconds, self._refuses, self._error = log, seconds, refuses, error
 
     def __call__(self, pictures, tags=None):
         assert tags is None
@@ -59,7 +60,7 @@ class Numbers:
         time.sleep(self._seconds * len(pictures))
         for number in numbers:
             if number in self._refuses:
-                raise ValueError(f"number {number} is too much")
+                raise self._error(f"number {number} is too much")
         if self._log is not None:
             with open(self._log, "a") as log:
                 log.write("".join(f"{number}\n" for number in numbers))
@@ -103,15 +104,15 @@ def assert_complete(folder, count):
     assert len(pictures) == len(set(pictures)) == count
 
 
-def start(folder, count, seconds=0.004):
-    """`count` processes as torchrun would start them, at work on `folder/pictures`."""
+def start(folder, count, seconds=0.004, merge_seconds=0.0):
+    """`count` processes as torchrun would start them, at work on `folder/pictures`, each of which takes that long."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mgllava.objects.annotate", "accelerate"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        context.Process(target=_work, args=(str(folder), seconds, index, count, port))
+        context.Process(target=_work, args=(str(folder), seconds, merge_seconds, index, count, port))
         for index in range(count)
     ]
     for process in processes:
@@ -119,7 +120,7 @@ def start(folder, count, seconds=0.004):
     return processes
 
 
-def _work(folder, seconds, index, count, port):
+def _work(folder, seconds, merge_seconds, index, count, port):
     os.environ |= {
         "RANK": str(index),
         "LOCAL_RANK": str(index),
@@ -131,6 +132,15 @@ def _work(folder, seconds, index, count, port):
     }
     # A process of a fork server starts others by one of its own, which would import everything once more.
     multiprocessing.set_start_method("fork", force=True)
+    if merge_seconds:
+        at_once = Parts.found
+
+        def slowly(self, pictures):
+            for one in at_once(self, pictures):
+                time.sleep(merge_seconds)
+                yield one
+
+        Parts.found = slowly
     folder = Path(folder)
     run(folder, detector=Numbers(folder / "log", seconds), num_workers=1)
 

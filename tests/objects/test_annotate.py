@@ -3,12 +3,16 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
+import torch
 from annotate_cases import (
     SETTINGS,
     Numbers,
     assert_complete,
+    found_on,
     lines_of,
     looked_at,
     run,
@@ -121,11 +125,78 @@ def test_settings_count_once_there_are_detections(folder):
         def __call__(self, pictures, tags=None):
             raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(
+        RuntimeError, match="numbers fails on one picture after the other.*RuntimeError: broken"
+    ):
         run(folder, detector=Broken(), settings=SETTINGS | {"threshold": 0.9})
     run(folder)
     with pytest.raises(ValueError, match="begun with threshold = 0.2, now it is 0.9"):
         run(folder, settings=SETTINGS | {"threshold": 0.9})
+
+
+def test_of_long_lists_the_first_that_differs_is_named(folder):
+    names = [f"name {number}" for number in range(100)]
+    run(folder, settings=SETTINGS | {"tags": names})
+    with pytest.raises(ValueError, match=r"begun with tags\[50\] = 'name 50', now it is 'other'"):
+        run(folder, settings=SETTINGS | {"tags": [*names[:50], "other", *names[51:]]})
+
+
+def test_it_says_how_many_were_done_before(folder, capsys):
+    run(folder, progress=True)
+    assert "done before" not in capsys.readouterr().err
+    write_picture(folder / "pictures" / "0010.png", 10, (8, 9))
+    run(folder, progress=True)
+    assert f"10 of 11 pictures were done before, by {folder}/boxes.json.parts" in capsys.readouterr().err
+    (folder / "pictures").rename(folder / "moved")
+    write_pictures(folder / "pictures" / "new", 3)
+    run(folder, progress=True)
+    assert "0 of 3 pictures were done before" in capsys.readouterr().err
+
+
+def test_a_picture_that_was_replaced_is_done_again(folder):
+    run(folder)
+    write_picture(folder / "pictures" / "0003.png", 4, (11, 8))
+    for _ in range(2):
+        run(folder)
+        assert json.loads((folder / "boxes.json").read_text())[3]["labels"] == ["number 4"]
+    assert looked_at(folder) == [*range(10), 4]
+    (folder / "pictures" / "0003.png").write_text("this is a text")
+    assert run(folder).num_failed == 1
+    assert "0003" not in _first_ids(folder)
+
+
+def test_a_second_process_on_the_same_file_is_refused(folder):
+    part = parts_folder(folder / "boxes.json") / "process-0.jsonl"
+    part.parent.mkdir()
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(part)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(OSError, match=r"another process writes .*process-0.jsonl; wait for it or name"):
+            run(folder)
+        assert looked_at(folder) == []
+        other.stdin.close()
+    run(folder)
+    assert_complete(folder, 10)
+
+
+def test_what_a_kill_left_of_former_box_files_is_removed(folder):
+    for name in (
+        ".boxes.json.0123abcd",
+        ".boxes.errors.json.0123abcd",
+        ".other.json.0123abcd",
+        ".boxes.json.old",
+    ):
+        (folder / name).touch()
+    run(folder)
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {
+        ".other.json.0123abcd",
+        ".boxes.json.old",
+    }
 
 
 def test_lost_settings_are_an_error(folder):
@@ -224,10 +295,107 @@ def test_detections_of_a_wrong_form_do_not_reach_the_file(folder):
         run(folder, detector=Odd())
 
 
+def _first_ids(folder):
+    return [entry["id"] for entry in json.loads((folder / "boxes.json").read_text())]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_whatever_one_picture_brings_to_light_is_recorded_and_the_others_are_done(folder, error, batch_size):
+    done = run(folder, detector=Numbers(refuses=(0, 5), error=error), batch_size=batch_size)
+    assert (done.num_pictures, done.num_failed) == (8, 2)
+    assert _first_ids(folder) == [f"{number:04}" for number in (1, 2, 3, 4, 6, 7, 8, 9)]
+    first, second = json.loads((folder / "boxes.errors.json").read_text())
+    assert (first["id"], second["id"]) == ("0000", "0005")
+    assert second["error"] == f"numbers fails on it: {error.__name__}: number 5 is too much"
+
+
+def test_where_memory_runs_out_batches_become_smaller_and_stay_so(folder, capsys):
+    sizes = []
+
+    class Small(Numbers):
+        def __call__(self, pictures, tags=None):
+            sizes.append(len(pictures))
+            if len(pictures) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(pictures, tags)
+
+    write_pictures(folder / "pictures", 16)
+    run(folder, detector=Small(), batch_size=8)
+    assert_complete(folder, 16)
+    assert sizes == [8, 4, *[2] * 8]
+    said = capsys.readouterr().err
+    assert "out of memory with 8 pictures at once; going on with 4 (--batch-size 4)" in said
+    assert "out of memory with 4 pictures at once; going on with 2 (--batch-size 2)" in said
+
+
 def test_a_detector_that_refuses_everything_stops_the_run(folder, monkeypatch):
-    monkeypatch.setattr(module, "MOST_REFUSED_AT_FIRST", 6)
-    with pytest.raises(ValueError, match=r"numbers refuses every picture so far \(6\): number 5 is too much"):
+    monkeypatch.setattr(module, "MOST_FAILED_IN_A_ROW", 6)
+    with pytest.raises(
+        ValueError, match=r"numbers fails on one .* after the other \(6\), at last .*: number 5 is too much"
+    ):
         run(folder, detector=Numbers(refuses=range(10)), batch_size=1)
+
+
+def test_a_detector_that_breaks_on_the_way_stops_the_run_which_can_go_on(folder, monkeypatch):
+    monkeypatch.setattr(module, "MOST_FAILED_IN_A_ROW", 4)
+    with pytest.raises(RuntimeError, match=r"after the other \(4\), at last .*RuntimeError: number 6 is too"):
+        run(folder, detector=Numbers(refuses=range(3, 10), error=RuntimeError), batch_size=1)
+    assert not (folder / "boxes.json").exists()
+    done = run(folder)
+    assert (done.num_pictures, done.num_failed) == (10, 0)
+    assert looked_at(folder) == [7, 8, 9, 3, 4, 5, 6]  # those that failed come last
+
+
+def test_many_bad_pictures_in_a_row_do_not_stop_every_start(folder, monkeypatch):
+    monkeypatch.setattr(module, "MOST_FAILED_IN_A_ROW", 4)
+    bad = Numbers(refuses=range(2, 8), error=RuntimeError)
+    with pytest.raises(RuntimeError, match=r"after the other \(4\)"):
+        run(folder, detector=bad, batch_size=1)
+    for _ in range(2):
+        assert run(folder, detector=bad, batch_size=1).num_failed == 6
+
+
+def test_refused_pictures_that_are_left_over_do_not_stop_a_later_start(folder, monkeypatch):
+    monkeypatch.setattr(module, "MOST_FAILED_IN_A_ROW", 3)
+    for _ in range(2):
+        assert run(folder, detector=Numbers(refuses=(1, 3, 5, 7))).num_failed == 4
+    write_picture(folder / "pictures" / "0010.png", 10, (8, 9))
+    assert run(folder, detector=Numbers(refuses=(1, 3, 5, 7, 10))).num_failed == 5
+
+
+@pytest.mark.parametrize(("error", "calls"), [(KeyboardInterrupt, 1), (AttributeError, 3)])
+def test_an_interrupt_and_a_mistake_in_a_program_stop_soon(folder, error, calls):
+    seen = []
+
+    class Wrong(Numbers):
+        def __call__(self, pictures, tags=None):
+            seen.append(len(pictures))
+            raise error("no such thing")
+
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else RuntimeError):
+        run(folder, detector=Wrong(), batch_size=1)
+    assert len(seen) == calls
+
+
+def test_a_result_too_few_is_an_error(folder):
+    class Short(Numbers):
+        def __call__(self, pictures, tags=None):
+            return super().__call__(pictures, tags)[:-1]
+
+    with pytest.raises(RuntimeError, match="0 results for 1 pictures"):
+        run(folder, detector=Short())
+
+
+def test_a_reader_that_dies_names_where_it_was(folder, monkeypatch):
+    read = module.load_picture
+
+    def deadly(path):
+        return os._exit(1) if path.stem == "0005" else read(path)
+
+    monkeypatch.setattr(module, "load_picture", deadly)
+    with pytest.raises(ChildProcessError, match="a process that reads pictures ended .*follow .*000[04].png"):
+        run(folder, num_workers=1)
 
 
 def test_tags_reach_an_open_vocabulary_detector(folder):
@@ -269,6 +437,45 @@ def test_a_drawing_of_every_picture(folder):
     assert len(list((folder / "drawn").iterdir())) == 11
     with Image.open(folder / "drawn" / "more%2F0001.png.jpg") as drawing, Image.open(nested) as picture:
         assert drawing.size == picture.size
+
+
+def test_pictures_done_before_are_drawn_too_unless_they_are(folder):
+    run(folder)
+    run(folder, draw=folder / "drawn")
+    assert len(list((folder / "drawn").iterdir())) == 10
+    first, second = folder / "drawn" / "0000.jpg", folder / "drawn" / "0001.jpg"
+    (expected,) = [second.read_bytes()]
+    first.write_bytes(b"kept")
+    second.unlink()
+    write_picture(folder / "pictures" / "0010.png", 10, (8, 9))
+    run(folder, draw=folder / "drawn")
+    assert len(list((folder / "drawn").iterdir())) == 11
+    assert (first.read_bytes(), second.read_bytes()) == (b"kept", expected)
+
+
+def test_drawings_of_long_ids(folder):
+    ids = ["x" * 400 + end for end in "ab"]
+    pictures = [Picture(id, str(folder / "pictures" / f"{number:04}.png")) for number, id in enumerate(ids)]
+    annotate(
+        pictures, lambda: (Numbers(), None), folder / "boxes.json", settings={}, draw=folder / "drawn",
+        num_workers=0,
+    )  # fmt: skip
+    assert len(list((folder / "drawn").iterdir())) == 2
+
+
+def test_chat_finds_the_boxes_of_pictures_of_equal_stems(tmp_path, monkeypatch):
+    for number, name in enumerate(("train/1.png", "test/1.png", "test/deep/1.png", "test/2.png"), start=1):
+        write_picture(tmp_path / "pictures" / name, number)
+    run(tmp_path)
+    boxes = tmp_path / "boxes.json"
+    monkeypatch.chdir(tmp_path / "pictures" / "test")
+    for name, number in (("../train/1.png", 1), ("1.png", 2), (tmp_path / "pictures/test/deep/1.png", 3)):
+        found = load_detections(boxes, image=name)
+        assert found["labels"] == list(found_on(number, (8, 8)).labels)
+    with pytest.raises(
+        ValueError, match="0 entries of id '3' among 4, .* its ids are 'test/1.png', '2', .*, ..."
+    ):
+        load_detections(boxes, image="3.png")
 
 
 class FullDisk:

@@ -5,7 +5,7 @@ import json
 import pytest
 from annotate_cases import write_picture
 
-from mgllava.objects.pictures import Picture, find_pictures
+from mgllava.objects.pictures import Picture, check_drawings, find_pictures
 
 
 def _ids(pictures):
@@ -78,6 +78,61 @@ def test_ids_of_records_keep_their_type(tmp_path):
     lines = tmp_path / "records.jsonl"
     lines.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
     assert find_pictures([lines], tmp_path) == expected
+
+
+def test_records_of_questions_have_another_id(tmp_path):
+    records = [
+        {"question_id": 3, "image": "a.png", "text": "What?"},
+        {"id": 4, "question_id": 9, "image": "b.png"},
+    ]
+    assert _ids(find_pictures([_records(tmp_path, records)], tmp_path)) == [3, 4]
+
+
+def test_one_id_for_two_files_of_the_same_bytes(tmp_path):
+    first = write_picture(tmp_path / "gqa" / "1.png", 5)
+    second = write_picture(tmp_path / "vg" / "1.png", 5)
+    records = _records(tmp_path, [{"id": 1, "image": "gqa/1.png"}, {"id": 1, "image": "vg/1.png"}] * 2)
+    assert find_pictures([records], tmp_path) == [Picture(1, str(first))]
+    write_picture(second, 6)
+    with pytest.raises(ValueError, match="the id 1 stands for .*gqa/1.png and for .*vg/1.png, which differ"):
+        find_pictures([records], tmp_path)
+
+
+def test_what_records_ask_is_read_where_it_is_wanted(tmp_path):
+    talk = [
+        {"from": "human", "value": "<image>\nWhere is the dog?"},
+        {"from": "gpt", "value": "On the mat."},
+        {"from": "human", "value": "Why?"},
+    ]
+    records = _records(
+        tmp_path,
+        [
+            {"id": 1, "image": "a.png", "conversations": talk},
+            {"id": 1, "image": "a.png", "text": "Is there a cat?"},
+            {"id": 2, "image": "b.png", "conversations": "no turns"},
+        ],
+    )
+    assert [picture.question for picture in find_pictures([records], tmp_path)] == ["", ""]
+    found = find_pictures([records], tmp_path, questions=True)
+    assert [picture.question for picture in found] == ["Where is the dog?\nWhy?\nIs there a cat?", ""]
+
+
+def test_drawings_must_not_lie_where_pictures_are_looked_for(tmp_path):
+    folder = tmp_path / "pictures"
+    write_picture(folder / "sub" / "a.png", 0)
+    (tmp_path / "link").symlink_to(folder)
+    found = find_pictures([folder])
+    for place in (folder, folder / "drawn", tmp_path / "link" / "drawn"):
+        with pytest.raises(
+            ValueError, match="would be taken for pictures of .*name a folder that is not below"
+        ):
+            check_drawings(place, [folder], found)
+    with pytest.raises(
+        ValueError, match="there are pictures in .*sub, of which a drawing could take the place"
+    ):
+        check_drawings(folder / "sub", [folder / "sub" / "a.png"], found)
+    check_drawings(tmp_path / "drawn", [folder], found)
+    check_drawings(folder / "sub" / "drawn", [folder / "sub" / "a.png"], found)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,26 @@ def test_processes_killed_at_random_annotate_every_picture_once(tmp_path, seed):
     assert len(looked_at(tmp_path)) <= COUNT + 2 * kills * BATCH
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_during_the_merge_leaves_nothing_by_halves(tmp_path, seed):
+    write_pictures(tmp_path / "pictures", 40)
+    processes = start(tmp_path, 2, seconds=0, merge_seconds=0.05)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob(".boxes.json.*")):
+        assert time.monotonic() < end
+        assert processes[0].is_alive()
+        time.sleep(0.005)
+    time.sleep(random.Random(seed).uniform(0, 1))
+    stop(processes)
+    assert not (tmp_path / "boxes.json").exists()
+    assert list(tmp_path.glob(".boxes.json.*"))
+    before = looked_at(tmp_path)
+    _finish(start(tmp_path, 2, seconds=0))
+    assert_complete(tmp_path, 40)
+    assert looked_at(tmp_path) == before
+    assert not list(tmp_path.glob(".boxes.json.*"))
+
+
 @pytest.mark.parametrize("later", [1, 3])
 def test_another_number_of_processes_goes_on(tmp_path, later):
     write_pictures(tmp_path / "pictures", 60)

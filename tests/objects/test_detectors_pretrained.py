@@ -13,7 +13,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from mgllava.objects.boxes import detections_to_boxes
 from mgllava.objects.detector import Detections
-from mgllava.objects.detectors import DETECTORS, florence2, load_detector
+from mgllava.objects.detectors import DETECTORS, default_threshold, florence2, load_detector
 from mgllava.objects.detectors.output import to_detections
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -144,15 +144,69 @@ def test_random_weights_end_to_end(name, load, monkeypatch):
             assert all(0 < score < 1 for score in detections.scores)
 
 
-@pytest.mark.parametrize("name", ["owlv2", "rt-detr"])
-def test_a_batch_of_mixed_sizes_gives_what_each_picture_gives_alone(name, load):
-    detector = load(name, threshold=0.0)
+# Their first convolutions see a picture's edge and its padding alike, so that no batch gives just what one alone gives.
+PADDED = ["detr", "grounding-dino", "mm-grounding-dino"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("owlv2", "owlv2"), ("rt-detr", "rt-detr"), ("rt-detr", "rt-detr-v2")]
+)
+def test_a_batch_of_mixed_sizes_gives_what_each_picture_gives_alone(name, kind, checkpoints):
+    detector = load_detector(name, checkpoint=checkpoints(kind), threshold=0.0)
     pictures = pictures_of()
     together = detector(pictures, tags_for(detector, SIZES))
     for picture, detections in zip(pictures, together, strict=True):
         (alone,) = detector([picture], tags_for(detector, [picture.size]))
         assert alone.labels == detections.labels
         assert torch.allclose(torch.tensor(alone.boxes), torch.tensor(detections.boxes), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["conditional-detr", "deformable-detr"])
+def test_next_of_kin_of_detr(kind, checkpoints):
+    detector = load_detector("detr", checkpoint=checkpoints(kind), threshold=0.0)
+    found = detector(pictures_of())
+    assert len(found) == len(SIZES)
+    for (width, height), detections in zip(SIZES, found, strict=True):
+        assert detections.boxes
+        assert set(detections.labels) <= set(NAMES)
+        for x1, y1, x2, y2 in detections.boxes:
+            assert 0 <= x1 <= x2 <= width
+            assert 0 <= y1 <= y2 <= height
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_the_padding_of_a_batch_is_masked(name, load):
+    detector = load(name)
+    seen = plant(detector, SIZES, [[((0, 0, 1, 1), 0, 0.5)]] * 3)
+    detector(pictures_of(), tags_for(detector, SIZES))
+    resize = getattr(detector.processor, "image_processor", detector.processor)
+    alone = [resize([picture], return_tensors="pt")["pixel_values"].shape[2:] for picture in pictures_of()]
+    assert len(set(alone)) == 3
+    assert seen[0]["pixel_mask"].sum((1, 2)).tolist() == [height * width for height, width in alone]
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_one_list_of_tags_is_not_taken_for_one_of_letters_each(name, load):
+    with pytest.raises(ValueError, match=r"tags\[0\] is 'cat'; expected a list of names for each picture"):
+        load(name)(pictures_of(), ["cat", "dog", "cow"])
+    with pytest.raises(ValueError, match=r"tags\[2\] is 'cow'"):
+        load(name)(pictures_of(), [["cat"], ["dog"], "cow"])
+
+
+@pytest.mark.parametrize("name", ["owlv2", "grounding-dino"])
+def test_each_picture_is_prepared_once_and_owlv2s_apart(name, load, monkeypatch):
+    detector = load(name)
+    prepared = []
+    processor_class = type(detector.processor.image_processor)
+    call = processor_class.__call__
+
+    def counted(self, images, **options):
+        prepared.append(len(images) if isinstance(images, list) else 1)
+        return call(self, images, **options)
+
+    monkeypatch.setattr(processor_class, "__call__", counted)
+    detector(pictures_of(), [list("bcdefghijklm")] * 3)
+    assert prepared == ([1, 1, 1] if name == "owlv2" else [3])
 
 
 @pytest.mark.parametrize("name", [*OPEN, *CLOSED])
@@ -395,6 +449,9 @@ def test_a_folder_without_weights_and_one_of_another_architecture(checkpoints, t
         load_detector("detr", checkpoint=str(tmp_path))
     with pytest.raises(ValueError, match="'owlv2' runs checkpoints of type owlv2; .* is of type detr"):
         load_detector("owlv2", checkpoint=checkpoints("detr"))
+    (tmp_path / "config.json").write_text('{"model_type": "yolos"}')
+    with pytest.raises(ValueError, match="'detr' runs checkpoints of type detr, .* is of type yolos"):
+        load_detector("detr", checkpoint=str(tmp_path))
 
 
 def test_an_unknown_name_and_a_threshold_out_of_range():
@@ -411,3 +468,8 @@ def test_every_adapter_is_held_to_the_detector_it_says_it_is():
     for family in DETECTORS.values():
         builder = getattr(import_module(f"mgllava.objects.detectors.{family.module}"), family.builder)
         assert builder.needs_tags == family.needs_tags
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+def test_the_default_threshold_is_known_before_the_weights_load(name, load):
+    assert default_threshold(name) == load(name).threshold

@@ -16,7 +16,7 @@ GROUND, MARK = (60, 70, 80), (230, 60, 40)
 
 def test_without_opencv_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match=r"'proposals' needs OpenCV.*mgllava\[detection\]"):
+    with pytest.raises(ImportError, match=r"'proposals' needs OpenCV.*pip install opencv-python-headless"):
         load_detector("proposals")
 
 

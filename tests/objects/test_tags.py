@@ -57,6 +57,44 @@ def test_tags_from_a_file(tmp_path):
     assert load_tagger(str(path))(PICTURES[:1]) == [["cat", "traffic light", "dog"]]
 
 
+def test_a_file_may_have_any_suffix(tmp_path):
+    for name in ("names.lst", "names.v2_final"):
+        (tmp_path / name).write_text("cat\ndog\n")
+        assert load_tagger(str(tmp_path / name))(PICTURES[:1]) == [["cat", "dog"]]
+    with pytest.raises(FileNotFoundError):
+        load_tagger("absent.lst")
+    assert load_tagger("st. bernard")(PICTURES[:1]) == [["st. bernard"]]
+
+
+@pytest.mark.parametrize("source", ["COCO", " Coco", "LVIS", "Open-Images", "Question"])
+def test_sources_are_known_in_any_case(source):
+    assert load_tagger(source).name == source.strip().lower()
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [("openimages", "open-images"), ("open_images", "open-images"), ("florence2", "florence-2"), ("ram", "ram++"),
+     ("lviss", "lvis")],
+)  # fmt: skip
+def test_what_looks_like_a_misspelt_source_is_not_looked_for(source, meant):
+    if source == "ram":  # an animal
+        assert load_tagger(source)(PICTURES[:1]) == [["ram"]]
+        return
+    with pytest.raises(ValueError, match=f"tags are '{source}'; did you mean '{meant}'.*write '{source},'"):
+        load_tagger(source)
+    assert load_tagger(f"{source},")(PICTURES[:1]) == [[source]]
+
+
+def test_several_sources_are_no_list_of_names():
+    with pytest.raises(ValueError, match="tags are 'coco,LVIS'; expected names, or 'coco' alone"):
+        load_tagger("coco,LVIS")
+
+
+@pytest.mark.parametrize("name", ["cat", "zebra", "kite", "cocoa", "question mark", "unicorn", "cacao, ram"])
+def test_names_of_things_are_looked_for(name):
+    assert load_tagger(name)(PICTURES[:1]) == [name.split(", ")]
+
+
 def test_files_and_lists_that_name_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_tagger(str(tmp_path / "absent.txt"))
@@ -82,6 +120,7 @@ def test_files_and_lists_that_name_nothing(tmp_path):
         ("Which of the women hold knives or wine glasses?", ["woman", "knife", "wine glass"]),
         ("Are people and children feeding mice, geese or puppies with strawberries?", None),
         ("CAN you see a bat, a Bat or two bats?", ["bat"]),
+        ("Are there hot air balloons, or one hot-air balloon?", ["hot-air balloon"]),
         ("What is the meaning of it all?", []),
         ("", []),
     ],

@@ -9,6 +9,12 @@ from transformers import (
     BertTokenizer,
     CLIPImageProcessor,
     CLIPTokenizer,
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrImageProcessor,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DeformableDetrImageProcessor,
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessor,
@@ -31,6 +37,8 @@ from transformers import (
     RTDetrForObjectDetection,
     RTDetrImageProcessor,
     RTDetrResNetConfig,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
     SwinConfig,
 )
 
@@ -154,8 +162,13 @@ def _florence2():
     return Florence2ForConditionalGeneration(config), processor
 
 
-def _detr():
-    config = DetrConfig(
+def _detr(
+    config_class: type = DetrConfig,
+    model_class: type = DetrForObjectDetection,
+    processor_class: type = DetrImageProcessor,
+    **more: int,
+):
+    config = config_class(
         use_timm_backbone=False,
         backbone_config=ResNetConfig(
             embedding_size=8,
@@ -164,7 +177,7 @@ def _detr():
             layer_type="basic",
             out_features=["stage4"],
         ),
-        d_model=16,
+        d_model=32,
         encoder_layers=1,
         decoder_layers=2,
         encoder_ffn_dim=16,
@@ -173,13 +186,31 @@ def _detr():
         decoder_attention_heads=2,
         num_queries=6,
         id2label=dict(enumerate(NAMES)),
+        **more,
     )
     size = {"shortest_edge": SIDE, "longest_edge": 2 * SIDE}
-    return DetrForObjectDetection(config), DetrImageProcessor(size=size)
+    return model_class(config), processor_class(size=size)
 
 
-def _rt_detr():
-    config = RTDetrConfig(
+def _conditional_detr():
+    return _detr(ConditionalDetrConfig, ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor)
+
+
+def _deformable_detr():
+    return _detr(
+        DeformableDetrConfig,
+        DeformableDetrForObjectDetection,
+        DeformableDetrImageProcessor,
+        num_feature_levels=1,
+    )
+
+
+def _rt_detr_v2():
+    return _rt_detr(RTDetrV2Config, RTDetrV2ForObjectDetection)
+
+
+def _rt_detr(config_class: type = RTDetrConfig, model_class: type = RTDetrForObjectDetection):
+    config = config_class(
         backbone_config=RTDetrResNetConfig(
             embedding_size=8,
             hidden_sizes=[8, 8, 8, 8],
@@ -200,7 +231,7 @@ def _rt_detr():
         num_denoising=0,
         id2label=dict(enumerate(NAMES)),
     )
-    return RTDetrForObjectDetection(config), RTDetrImageProcessor(size={"height": SIDE, "width": SIDE})
+    return model_class(config), RTDetrImageProcessor(size={"height": SIDE, "width": SIDE})
 
 
 BUILDERS: dict[str, Callable[[], tuple]] = {
@@ -212,4 +243,7 @@ BUILDERS: dict[str, Callable[[], tuple]] = {
     "florence-2-captions": _florence2,
     "detr": _detr,
     "rt-detr": _rt_detr,
+    "conditional-detr": _conditional_detr,
+    "deformable-detr": _deformable_detr,
+    "rt-detr-v2": _rt_detr_v2,
 }

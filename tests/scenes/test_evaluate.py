@@ -7,7 +7,7 @@ from mgllava.scenes.evaluate import evaluate_answers
 
 
 def test_scores_count_exact_answers_by_family_and_size(monkeypatch):
-    def right_about_colours(model, processor, items, show):
+    def right_about_colours(model, processor, items, show, detector):
         answers = []
         for item in items:
             (turn,) = item["turns"]
@@ -31,5 +31,7 @@ def test_scores_count_exact_answers_by_family_and_size(monkeypatch):
 
 
 def test_what_is_shown_must_be_known():
-    with pytest.raises(ValueError, match="show is 'everything'; expected one of all, no_objects, low_res"):
+    with pytest.raises(
+        ValueError, match="show is 'everything'; expected one of all, proposals, no_objects, low_res"
+    ):
         evaluate_answers(None, None, show="everything")

@@ -1,6 +1,7 @@
 """Stage 0: parts from nothing, in the form of published ones."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -169,6 +170,8 @@ def test_parts_make_a_model_that_stage_1_and_2_train(parts, tmp_path):
 
     loaded, processor = load_model(str(model), "float32")
     for show in SHOWN:
+        if show == "proposals" and find_spec("cv2") is None:
+            continue  # the detector without weights is OpenCV's
         everything, *groups = evaluate_answers(loaded, processor, num_scenes=5, batch_size=2, show=show)
         assert everything.questions == 5
         assert 0 <= everything.right <= 5

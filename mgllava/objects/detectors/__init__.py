@@ -6,7 +6,6 @@
 Each family has its file; `pretrained.py` holds what those with weights share, `output.py` what all do.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from ..detector import Detector
 
-__all__ = ["DETECTORS", "DetectorFamily", "load_detector"]
+__all__ = ["DETECTORS", "DetectorFamily", "default_threshold", "load_detector"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +22,12 @@ class DetectorFamily:
     """What is known of a detector before its weights load.
 
     Attributes:
-        summary: one line for help texts.
         module: the file of this folder that has it, and in it
         builder: the name of what builds it.
         checkpoint: hub id of the published weights taken by default; None for a detector without weights.
         needs_tags: whether it looks for the names it is given (open vocabulary).
     """
 
-    summary: str
     module: str
     builder: str
     checkpoint: str | None
@@ -40,69 +37,65 @@ class DetectorFamily:
 # Hub ids: the paper's own detector; for the others the largest of the plain published ones.
 DETECTORS: dict[str, DetectorFamily] = {
     "owlv2": DetectorFamily(
-        "OWLv2, open vocabulary: the paper's detector",
         "owlv2",
         "Owlv2Detector",
         "google/owlv2-large-patch14-ensemble",
         needs_tags=True,
     ),
     "grounding-dino": DetectorFamily(
-        "Grounding DINO, open vocabulary",
         "grounding_dino",
         "GroundingDinoDetector",
         "IDEA-Research/grounding-dino-base",
         needs_tags=True,
     ),
     "mm-grounding-dino": DetectorFamily(
-        "MM-Grounding-DINO, open vocabulary",
         "grounding_dino",
         "MMGroundingDinoDetector",
         "openmmlab-community/mm_grounding_dino_large_all",
         needs_tags=True,
     ),
     "llmdet": DetectorFamily(
-        "LLMDet, open vocabulary: MM-Grounding-DINO trained beside a language model",
         "grounding_dino",
         "MMGroundingDinoDetector",
         "iSEE-Laboratory/llmdet_large",
         needs_tags=True,
     ),
     "florence-2": DetectorFamily(
-        "Florence-2: finds and names objects by itself",
         "florence2",
         "Florence2Detector",
         "florence-community/Florence-2-large",
         needs_tags=False,
     ),
     "florence-2-captions": DetectorFamily(
-        "Florence-2: a short description for each region",
         "florence2",
         "Florence2CaptionDetector",
         "florence-community/Florence-2-large",
         needs_tags=False,
     ),
     "detr": DetectorFamily(
-        "DETR and its kin, closed vocabulary (the 80 names of COCO)",
         "detr",
         "DetrDetector",
         "facebook/detr-resnet-50",
         needs_tags=False,
     ),
     "rt-detr": DetectorFamily(
-        "RT-DETR, closed vocabulary (the 80 names of COCO)",
         "detr",
         "DetrDetector",
         "PekingU/rtdetr_r50vd",
         needs_tags=False,
     ),
     "proposals": DetectorFamily(
-        "regions that stand out from their surroundings: no weights, one label",
         "proposals",
         "ProposalDetector",
         None,
         needs_tags=False,
     ),
 }
+
+
+def default_threshold(name: str) -> float:
+    """The score that detections of this one of `DETECTORS` must exceed where no other is given."""
+    return _builder(name).default_threshold
 
 
 def load_detector(
@@ -114,8 +107,8 @@ def load_detector(
 ) -> Detector:
     """Load a detector, ready to be called.
 
-    Weights load in float32. `detr` and `rt-detr` take a checkpoint of any class that transformers offers for
-    object detection (DETR, Conditional and Deformable DETR, RT-DETR v1 and v2, D-FINE, RF-DETR, YOLOS, ...).
+    Weights load in float32. `detr` and `rt-detr` take a checkpoint of either kind, and of Conditional DETR, Deformable
+    DETR or RT-DETR v2.
 
     Args:
         name: one of `DETECTORS`.
@@ -136,7 +129,12 @@ def load_detector(
     family = DETECTORS[name]
     if family.checkpoint is None and checkpoint is not None:
         raise ValueError(f"detector {name!r} has no weights, but checkpoint is {checkpoint!r}")
-    build: Callable[..., Any] = getattr(import_module(f".{family.module}", __package__), family.builder)
+    build = _builder(name)
     if family.checkpoint is None:
         return build(threshold=threshold)
     return build(name, checkpoint or family.checkpoint, device=device, threshold=threshold)
+
+
+def _builder(name: str) -> Any:
+    family = DETECTORS[name]
+    return getattr(import_module(f".{family.module}", __package__), family.builder)

@@ -1,11 +1,10 @@
-"""DETR (arXiv 2005.12872), RT-DETR (2304.08069) and whatever transformers offers for object detection."""
+"""DETR (arXiv 2005.12872), RT-DETR (2304.08069) and their next of kin."""
 
 from collections.abc import Sequence
 
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
-from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from .output import target_sizes
 from .pretrained import PretrainedDetector
@@ -20,7 +19,8 @@ class DetrDetector(PretrainedDetector):
     default_threshold = 0.5
     auto_model = AutoModelForObjectDetection
     auto_processor = AutoImageProcessor
-    model_types = tuple(MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES)
+    # No others: YOLOS reads a picture's padding as part of it, and OCR models give other outputs.
+    model_types = ("detr", "conditional_detr", "deformable_detr", "rt_detr", "rt_detr_v2")
 
     def _detect(
         self, pictures: list[Image.Image], tags: list[list[str]]

@@ -30,11 +30,15 @@ class GroundingDinoDetector(PretrainedDetector):
         self, pictures: list[Image.Image], tags: list[list[str]]
     ) -> list[tuple[Tensor, Sequence[str], Tensor]]:
         texts = [self._texts(names) for names in tags]
+        images = self.processor.image_processor(pictures, return_tensors="pt").to(self.device)
         found: list[list[tuple[Tensor, Sequence[str], Tensor]]] = [[] for _ in pictures]
         for turn in range(max(map(len, texts))):
             asked = [index for index, pieces in enumerate(texts) if turn < len(pieces)]
-            pieces = [texts[index][turn] for index in asked]
-            results = self._look_for([pictures[index] for index in asked], pieces)
+            results = self._look_for(
+                {key: values[asked] for key, values in images.items()},
+                [texts[index][turn] for index in asked],
+                target_sizes([pictures[index] for index in asked]),
+            )
             for index, result in zip(asked, results, strict=True):
                 found[index].append(result)
         return [
@@ -43,19 +47,25 @@ class GroundingDinoDetector(PretrainedDetector):
         ]
 
     def _look_for(
-        self, pictures: list[Image.Image], texts: list[list[tuple[str, list[int]]]]
+        self,
+        images: dict[str, Tensor],
+        texts: list[list[tuple[str, list[int]]]],
+        sizes: list[tuple[int, int]],
     ) -> list[tuple[Tensor, Sequence[str], Tensor]]:
-        """Detect what one text for each picture names: its tags and their token ids."""
+        """Detect what one text for each picture names: its tags and their token ids.
+
+        `images` is what the image processor made of the pictures, `sizes` are their heights and widths.
+        """
         prompts = ["".join(_prompt(tag) for tag, _ in text) for text in texts]
-        inputs = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
-        outputs = self.model(**inputs.to(self.device))
+        words = self.processor(text=prompts, padding=True, return_tensors="pt").to(self.device)
+        outputs = self.model(**words, **images)
         tag_of_token = [self._tags_of_tokens(text) for text in texts]
         for logits, owners in zip(outputs.logits, tag_of_token, strict=True):
             no_tag = [position for position, owner in enumerate(owners) if owner is None]
             logits[:, no_tag] = -torch.inf
             logits[:, len(owners) :] = -torch.inf
         results = self.processor.image_processor.post_process_object_detection(
-            outputs, threshold=self.threshold, target_sizes=target_sizes(pictures)
+            outputs, threshold=self.threshold, target_sizes=sizes
         )
         return [
             (result["boxes"], [owners[position] for position in result["labels"].tolist()], result["scores"])

@@ -31,14 +31,18 @@ class Owlv2Detector(PretrainedDetector):
         self, pictures: list[Image.Image], tags: list[list[str]]
     ) -> list[tuple[Tensor, Sequence[str], Tensor]]:
         inputs = self.processor(
-            images=pictures,
             text=[[PROMPT.format(tag) for tag in names] for names in tags],
             padding="max_length",
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
-        outputs = self.model(**inputs)
+        # One by one: at full size the square, float32 copies of a batch of photographs take gigabytes.
+        squares = [
+            self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+            for picture in pictures
+        ]
+        outputs = self.model(**inputs, pixel_values=torch.cat(squares).to(self.device))
         # Pictures with fewer tags are filled up with the prompt " ", which the model scores like any other.
         for logits, names in zip(outputs.logits, tags, strict=True):
             logits[:, len(names) :] = -torch.inf

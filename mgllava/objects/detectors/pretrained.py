@@ -64,6 +64,11 @@ class PretrainedDetector(ABC):
                     f"{self.name} looks for the names it is given: expected one list of tags for each of "
                     f"{len(pictures)} pictures, got {got}"
                 )
+            for index, names in enumerate(tags):
+                if isinstance(names, str):
+                    raise ValueError(
+                        f"tags[{index}] is {names!r}; expected a list of names for each picture, as in [['cat']]"
+                    )
             chosen = [index for index, names in enumerate(tags) if names]
             names = [list(tags[index]) for index in chosen]
         else:

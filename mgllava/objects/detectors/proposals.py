@@ -19,7 +19,6 @@ from .output import to_detections
 __all__ = ["ProposalDetector"]
 
 LABEL = "object"
-DEFAULT_THRESHOLD = 0.6
 # The model takes 100 boxes of a picture; of more than that it keeps 20 of each label, and here there is one.
 MAX_PROPOSALS = 100
 WORKING_SIDE = 512  # larger pictures are shrunk to it
@@ -67,10 +66,11 @@ class ProposalDetector:
 
     name = "proposals"
     needs_tags = False
+    default_threshold = 0.6
 
     def __init__(self, threshold: float | None = None) -> None:
         _import_cv2()
-        self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+        self.threshold = self.default_threshold if threshold is None else threshold
 
     def __call__(
         self, pictures: Sequence[Image.Image], tags: Sequence[Sequence[str]] | None = None
@@ -184,7 +184,7 @@ def _import_cv2() -> Any:
         import cv2
     except ImportError as error:
         raise ImportError(
-            f"detector 'proposals' needs OpenCV, which does not import here ({error}); pip install "
-            "'mgllava[detection]', or opencv-python-headless alone"
+            f"detector 'proposals' needs OpenCV, which does not import here ({error}); "
+            "pip install opencv-python-headless"
         ) from error
     return cv2
