@@ -1,5 +1,6 @@
 """Both towers from nothing, on regions: what each box shows, what each cell of the grids holds."""
 
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -10,25 +11,26 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from mgllava_kernels import pooled_roi_align
+from mgllava_kernels import pooled_roi_align, roi_align
 
 from ..configuration_mgllava import MGLlavaHighResConfig
 from ..high_res_tower import MGLlavaHighResTower
 from ..image_processing_mgllava import MGLlavaImageProcessor
 from ..objects.boxes import detections_to_boxes
 from ..scenes import CANVAS, Thing, detect, render, sample_scene, things_of_boxes
-from ..scenes.crowd import sample_crowd
+from ..scenes.crowd import CROWD_SIDES, sample_crowd
 from ..scenes.detections import jittered
 from .attributes import CELL_SIZE, CLASSES, REGION_SIZE, cell_labels, classes_of, position_of
 
 __all__ = ["RegionScenes", "TowerPretraining", "collate_regions", "region_accuracy"]
 
 CELL_WEIGHT = 0.3  # of cells' losses, which are sums over many words
+DIGIT_GRID = 4  # side of what the digit head reads of a box
 LAYER_SCALE = 0.1  # of ConvNeXt's blocks at the start; the usual 1e-6 is meant for long runs
 
 
 class RegionScenes(Dataset):
-    """Scenes with what every box and every cell of the grid holds; in training every other one is a crowd.
+    """Scenes with what every box and every cell of the grid holds; in training three of four are crowds.
 
     Args:
         split: `train`, `validation` or `test`.
@@ -54,8 +56,8 @@ class RegionScenes(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         number = self.first + index
         size = self.image_processor.high_res_size
-        if self.with_crowds and index % 2:
-            scene = sample_crowd(self.split, number)
+        if self.with_crowds and index % 4:
+            scene = sample_crowd(self.split, number, CROWD_SIDES[index % len(CROWD_SIDES)])
             rng = Random(f"boxes of crowd {self.split} {number}")
             boxes, _ = detections_to_boxes(
                 [jittered(rng, thing.box) for thing in scene.things],
@@ -101,9 +103,12 @@ class TowerPretraining(nn.Module):
     """Two towers under linear heads that read their features as MG-LLaVA does.
 
     Boxes are pooled over the ConvNeXt's four stages, as the object flow does, and a head tells kind, colour, digit,
-    frame and position of what they show. Each cell of the ViT's tokens and of the last ConvNeXt stage tells what has
-    its centre there, as a set of words. The ViT's CLS token tells the words of the whole scene: that trains its last
-    layer, which MG-LLaVA does not read.
+    frame and position of what they show. From means alone digits are learned slowly (after 2,000 crowds 10% were told
+    with batches of 32, 15% with batches of 8), so a second head reads them from the first two stages with their places
+    kept (30%, and 68% by this head): it teaches the stages strokes.
+
+    Each cell of the ViT's tokens and of the last ConvNeXt stage tells what has its centre there, as a set of words. The
+    ViT's CLS token tells the words of the whole scene: that trains its last layer, which MG-LLaVA does not read.
     """
 
     def __init__(self, vision: CLIPVisionConfig, high_res: MGLlavaHighResConfig) -> None:
@@ -118,6 +123,7 @@ class TowerPretraining(nn.Module):
             if isinstance(getattr(module, "gamma", None), nn.Parameter):
                 nn.init.constant_(module.gamma, LAYER_SCALE)
         self.region_head = nn.Linear(sum(high_res.stage_widths), REGION_SIZE)
+        self.digit_head = nn.Linear(DIGIT_GRID**2 * sum(high_res.stage_widths[:2]), len(CLASSES["digit"]))
         self.high_res_cell_head = nn.Linear(high_res.stage_widths[-1], CELL_SIZE)
         self.low_res_cell_head = nn.Linear(vision.hidden_size, CELL_SIZE)
         self.scene_head = nn.Linear(vision.hidden_size, CELL_SIZE)
@@ -145,11 +151,12 @@ class TowerPretraining(nn.Module):
             `loss`, a scalar, and the region head's `logits` (K, `REGION_SIZE`).
         """
         stages = self.high_res_tower(pixel_values_high_res.contiguous(memory_format=torch.channels_last))
-        pooled = pooled_roi_align(
-            stages, boxes, spatial_scale=stages[0].shape[-1] / pixel_values_high_res.shape[-1], output_size=56
-        )
+        scales = [stage.shape[-1] / pixel_values_high_res.shape[-1] for stage in stages]
+        pooled = pooled_roi_align(stages, boxes, spatial_scale=scales[0], output_size=56)
         logits = self.region_head(pooled)
-        loss = _region_loss(logits, classes, positions)
+        loss = _region_loss(logits, classes, positions) + self._digit_loss(
+            stages[:2], scales[:2], boxes, classes
+        )
 
         hidden = self.vision_tower(pixel_values, output_hidden_states=True)
         low_res = self.low_res_cell_head(hidden.hidden_states[-2][:, 1:])
@@ -160,6 +167,19 @@ class TowerPretraining(nn.Module):
             words = F.binary_cross_entropy_with_logits(found.float(), labels, reduction="sum")
             loss = loss + CELL_WEIGHT * words / labels.sum()
         return {"loss": loss, "logits": logits}
+
+    def _digit_loss(
+        self, stages: Sequence[Tensor], scales: Sequence[float], boxes: Tensor, classes: Tensor
+    ) -> Tensor:
+        digits = classes[:, list(CLASSES).index("digit")]
+        shown = (digits >= 0).nonzero().flatten()
+        read = [
+            roi_align(stage, boxes[shown], DIGIT_GRID, spatial_scale=scale, sampling_ratio=2)
+            for stage, scale in zip(stages, scales, strict=True)
+        ]
+        logits = self.digit_head(torch.cat(read, dim=1).flatten(1)).float()
+        # Of no digits the sum is zero, with gradients: every process of a group must have them.
+        return F.cross_entropy(logits, digits[shown], reduction="sum") / max(len(shown), 1)
 
 
 def _region_loss(logits: Tensor, classes: Tensor, positions: Tensor) -> Tensor:
