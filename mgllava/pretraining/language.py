@@ -32,7 +32,7 @@ from .symbols import SYMBOL_SIZE, SYMBOL_WORDS, symbols_of_boxes, symbols_of_cel
 
 __all__ = ["LanguagePretraining", "SymbolCollator", "SymbolicScenes"]
 
-CAPTION_SHARE = 0.25
+CAPTION_SHARE = 0.1  # captions are long: more of them leave questions that hang on several things unlearned
 NOISE = 0.05  # standard deviation added to every symbol, so that tokens of real towers need not be exact
 # What of a scene is there: symbols of the grid's cells, of the boxes, or both.
 VIEWS = ("cells", "boxes", "both", "both")
@@ -48,7 +48,7 @@ class SymbolicScenes(Dataset):
         split: `train`, `validation` or `test`.
         num_scenes: how many.
         encoder: of a processor with the final model's chat template and number of image tokens.
-        turns: questions to a scene; one scene in four has a caption instead.
+        turns: questions to a scene; one scene in ten has a caption instead.
         first: number of the first scene.
         view: a name of `VIEWS` for all scenes; drawn for each by default.
         families: of questions; None: questions and captions.

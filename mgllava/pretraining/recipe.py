@@ -22,7 +22,7 @@ class PretrainingRecipe(RunSettings):
             from `image_size` and `patch_size` too.
         architecture: timm's name of the ConvNeXt, the high-resolution tower.
         text: arguments of `LlamaConfig` (`part: language_model`).
-        turns: questions and captions to a scene (`part: language_model`).
+        turns: questions to a scene (`part: language_model`).
         first: number of the first training scene.
     """
 

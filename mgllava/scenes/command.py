@@ -32,9 +32,7 @@ def write(
     split: Annotated[str, typer.Option(help=SPLIT_HELP)] = "train",
     scenes: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
     first: Annotated[int, typer.Option(min=0, help="Number of the first scene.")] = 0,
-    turns: Annotated[
-        int, typer.Option(min=1, help="Questions to a conversation, at most one of a family.")
-    ] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Questions to a conversation.")] = 6,
     family: Annotated[
         list[str] | None,
         typer.Option(

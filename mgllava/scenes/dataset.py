@@ -28,7 +28,7 @@ class SceneDataset(Dataset):
         split: `train`, `validation` or `test`.
         num_scenes: length of the dataset. Scenes are free: take other ones in the next epoch rather than these
             again.
-        turns: questions to a scene, at most one of a family; or captions.
+        turns: questions to a scene, as `ask` draws them; or captions, at most one of a family.
         families: families of questions, or of captions, to draw from; all questions by default.
         first: number of the first scene.
         seed: another one asks other questions about the same scenes.
@@ -95,12 +95,14 @@ def turns_of(
 
 def check_families(families: Sequence[str], turns: int) -> None:
     """Raise ValueError unless the families are all questions or all captions, and enough for so many turns."""
-    if isinstance(families, str) or not (
-        set(families) <= set(FAMILIES) or set(families) <= set(CAPTION_FAMILIES)
+    if (
+        isinstance(families, str)
+        or not families
+        or not (set(families) <= set(FAMILIES) or set(families) <= set(CAPTION_FAMILIES))
     ):
         raise ValueError(
             f"families are {families!r}; expected a list out of {', '.join(FAMILIES)} or out of "
             f"{', '.join(CAPTION_FAMILIES)}"
         )
-    if not 1 <= turns <= len(set(families)):
-        raise ValueError(f"turns is {turns}; expected 1 to {len(set(families))}, one of each family")
+    if turns < 1 or (set(families) <= set(CAPTION_FAMILIES) and turns > len(set(families))):
+        raise ValueError(f"turns is {turns}; expected at least 1, of captions at most one of each family")

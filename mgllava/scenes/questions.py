@@ -40,37 +40,40 @@ Draw = tuple[str, str, list[Thing]]  # question, answer and the things it hangs 
 
 
 def ask(scene: Scene, count: int = 6, families: Sequence[str] | None = None, seed: int = 0) -> list[Turn]:
-    """Questions of different families, in random order; the same for the same arguments.
+    """Different questions, in random order, each family once before any comes again; the same for the same arguments.
 
     Asked in one conversation, an earlier answer can give away part of a later one: measure a model with one
     question to a conversation.
 
     Args:
         scene: what is asked about.
-        count: how many, at most one of a family. Fewer come back where the scene allows no more.
+        count: how many. Fewer come back where a round through the families finds nothing new to ask.
         families: names to draw from, all of `FAMILIES` by default.
         seed: another one draws other questions.
 
     Raises:
-        ValueError: unknown family, or `count` outside 1 to the number of families.
+        ValueError: unknown family, no family, or `count` below 1.
     """
     names = list(FAMILIES) if families is None else list(dict.fromkeys(families))
     for name in names:
         if name not in FAMILIES:
             raise ValueError(f"family is {name!r}; expected one of {', '.join(FAMILIES)}")
-    if not 1 <= count <= len(names):
-        raise ValueError(f"count is {count}; expected 1 to {len(names)}, one question of each family")
+    if not names or count < 1:
+        raise ValueError(f"count is {count} of {len(names)} families; expected at least 1 of each")
     rng = Random(f"questions {scene.split} {scene.index} {seed}")
-    rng.shuffle(names)
-    turns: list[Turn] = []
-    for name in names:
-        drawn = FAMILIES[name](scene, rng)
-        if drawn is not None:
-            question, answer, things = drawn
-            turns.append(Turn(question, answer, name, tuple(map(scene.things.index, things))))
-        if len(turns) == count:
-            break
-    return turns
+    turns: dict[str, Turn] = {}
+    while True:
+        asked_before = len(turns)
+        rng.shuffle(names)
+        for name in names:
+            drawn = FAMILIES[name](scene, rng)
+            if drawn is not None and drawn[0] not in turns:
+                question, answer, things = drawn
+                turns[question] = Turn(question, answer, name, tuple(map(scene.things.index, things)))
+            if len(turns) == count:
+                return list(turns.values())
+        if len(turns) == asked_before:
+            return list(turns.values())
 
 
 def exist_shape(scene: Scene, rng: Random) -> Draw:

@@ -35,7 +35,7 @@ def test_write_writes_a_split(tmp_path):
     [
         (("--split", "dev"), "split is 'dev'"),
         (("--family", "weather", "--turns", 1), "families are ['weather']"),
-        (("--turns", 40), "turns is 40"),
+        (("--family", "objects", "--turns", 2), "turns is 2"),
     ],
 )
 def test_bad_arguments_end_with_one_line(tmp_path, arguments, message):
