@@ -32,7 +32,6 @@ from .symbols import SYMBOL_SIZE, SYMBOL_WORDS, symbols_of_boxes, symbols_of_cel
 
 __all__ = ["LanguagePretraining", "SymbolCollator", "SymbolicScenes"]
 
-CAPTION_SHARE = 0.1  # captions are long: more of them leave questions that hang on several things unlearned
 NOISE = 0.05  # standard deviation added to every symbol, so that tokens of real towers need not be exact
 # What of a scene is there: symbols of the grid's cells, of the boxes, or both.
 VIEWS = ("cells", "boxes", "both", "both")
@@ -48,8 +47,9 @@ class SymbolicScenes(Dataset):
         split: `train`, `validation` or `test`.
         num_scenes: how many.
         encoder: of a processor with the final model's chat template and number of image tokens.
-        turns: questions to a scene; one scene in ten has a caption instead.
+        turns: questions to a scene.
         first: number of the first scene.
+        caption_share: share of the scenes that have a caption instead.
         view: a name of `VIEWS` for all scenes; drawn for each by default.
         families: of questions; None: questions and captions.
     """
@@ -61,6 +61,7 @@ class SymbolicScenes(Dataset):
         encoder: Encoder,
         turns: int,
         first: int = 0,
+        caption_share: float = 0.0,
         view: str | None = None,
         families: list[str] | None = None,
     ) -> None:
@@ -69,6 +70,7 @@ class SymbolicScenes(Dataset):
         self.encoder = encoder
         self.turns = turns
         self.first = first
+        self.caption_share = caption_share
         self.view = view
         self.families = families
 
@@ -109,7 +111,7 @@ class SymbolicScenes(Dataset):
         turns: list[Turn]
         if self.families is not None:
             turns = ask(scene, self.turns, self.families)
-        elif rng.random() >= CAPTION_SHARE:
+        elif rng.random() >= self.caption_share:
             turns = ask(scene, self.turns, list(FAMILIES))
         else:
             # Which boxes there are cannot be told from cells.

@@ -23,6 +23,8 @@ class PretrainingRecipe(RunSettings):
         architecture: timm's name of the ConvNeXt, the high-resolution tower.
         text: arguments of `LlamaConfig` (`part: language_model`).
         turns: questions to a scene (`part: language_model`).
+        caption_share: share of the scenes that have a caption instead (`part: language_model`).
+        start: folder of a finished run of the same part and sizes, whose weights this one begins with; None: none.
         first: number of the first training scene.
     """
 
@@ -32,6 +34,8 @@ class PretrainingRecipe(RunSettings):
     architecture: str
     text: dict[str, Any] = field(default_factory=dict)
     turns: int = 6
+    caption_share: float = 0.0
+    start: str | None = None
     first: int = 0
 
     def __post_init__(self) -> None:
@@ -39,6 +43,7 @@ class PretrainingRecipe(RunSettings):
         check_value("max_steps", self.max_steps, self.max_steps is not None, "a number of steps")
         check_value("first", self.first, self.first >= 0, "at least 0")
         check_value("turns", self.turns, self.turns >= 1, "at least 1")
+        check_value("caption_share", self.caption_share, 0 <= self.caption_share <= 1, "a share, 0 to 1")
         check_value(
             "text",
             self.text,

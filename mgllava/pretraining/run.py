@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -40,6 +41,7 @@ logger = logging.get_logger(__name__)
 
 TEMPLATE = "vicuna"
 REPORT_FILE = "report.json"
+WEIGHTS = "model.safetensors"
 VALIDATION_SCENES = 1000
 TEXT_LIMIT = 1024
 
@@ -63,6 +65,8 @@ def pretrain(recipe: PretrainingRecipe) -> Path:
     check_trackers(recipe)
     set_seed(recipe.seed)
     task = _Towers(recipe) if recipe.part == "towers" else _LanguageModel(recipe)
+    if recipe.start is not None:
+        _begin_with(task.model, Path(recipe.start))
     arguments = training_arguments(recipe)
     samples = task.samples("train", recipe.max_steps * recipe.global_batch, recipe.first)
     if arguments.process_index == 0:
@@ -82,7 +86,7 @@ def pretrain(recipe: PretrainingRecipe) -> Path:
         logger.warning(f"going on from {last}")
     trainer.train(resume_from_checkpoint=last)
     if arguments.should_save:
-        load_model(task.model, Path(get_last_checkpoint(output)) / "model.safetensors")
+        load_model(task.model, Path(get_last_checkpoint(output)) / WEIGHTS)
         task.write(output)
         loader = DataLoader(
             task.samples("validation", VALIDATION_SCENES, 0),
@@ -136,6 +140,7 @@ class _LanguageModel:
     def __init__(self, recipe: PretrainingRecipe) -> None:
         vision = _config(CLIPVisionConfig, recipe.vision, "vision")
         self.turns = recipe.turns
+        self.caption_share = recipe.caption_share
         self.tokenizer = build_tokenizer(WORDS)
         config = _config(
             LlamaConfig,
@@ -157,7 +162,7 @@ class _LanguageModel:
 
     def samples(self, split: str, count: int, first: int) -> Dataset:
         if split == "train":
-            return SymbolicScenes(split, count, self.encoder, self.turns, first)
+            return SymbolicScenes(split, count, self.encoder, self.turns, first, self.caption_share)
         return SymbolicScenes(split, count, self.encoder, 1, first, view="both", families=list(FAMILIES))
 
     def write(self, output: Path) -> None:
@@ -172,6 +177,18 @@ class _LanguageModel:
             right += int(same.all(dim=1).sum())
             total += len(labels)
         return {"answers": right / total}
+
+
+def _begin_with(model: nn.Module, run: Path) -> None:
+    last = get_last_checkpoint(run) if run.is_dir() else None
+    if last is None or not (run / REPORT_FILE).is_file():
+        raise RecipeError(f"start is {run}; expected the folder of a finished run of stage 0")
+    try:
+        load_model(model, Path(last) / WEIGHTS)
+    except (RuntimeError, SafetensorError) as error:
+        raise RecipeError(
+            f"start is {run}, whose weights are of another part or of other sizes: {error}"
+        ) from error
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A tokenizer of words and their plurals' endings, for a language model whose world is small."""
+"""A tokenizer of whole words, for a language model whose world is small."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,8 @@ from transformers import PreTrainedTokenizerFast
 __all__ = ["build_tokenizer"]
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
-PREFIX = "##"
 # What the chat template writes around questions and answers.
 TEMPLATE_WORDS = ("user", "assistant", "\n")
-# A plural is its singular and one of these: what is seen and what is counted then share a token.
-ENDINGS = ("s", "es")
 
 
 def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -24,18 +21,13 @@ def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     Returns:
         A tokenizer with beginning, end, padding and unknown tokens; it adds none of them by itself.
     """
-    plurals = {word + ending for word in words for ending in ENDINGS}
-    known = dict.fromkeys(
-        (PAD, BOS, EOS, UNKNOWN, *TEMPLATE_WORDS, *(word for word in words if word not in plurals))
-    )
-    known |= dict.fromkeys(PREFIX + ending for ending in ENDINGS)
-    vocabulary = {word: index for index, word in enumerate(known)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, continuing_subword_prefix=PREFIX))
+    known = dict.fromkeys((PAD, BOS, EOS, UNKNOWN, *TEMPLATE_WORDS, *words))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[a-z]+|[^a-z\s]"), "removed", invert=True)
     # Words with spaces between them, signs without one in front.
     tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece(prefix=PREFIX, cleanup=True), decoders.Replace(" :", ":")]
+        [decoders.WordPiece(prefix="##", cleanup=True), decoders.Replace(" :", ":")]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,4 +1,4 @@
-"""The words of the scenes' questions, captions and answers: a closed set."""
+"""The words of the scenes' questions, captions and answers: a closed set, for a tokenizer of whole words."""
 
 import re
 

@@ -94,7 +94,6 @@ def test_the_tokenizer_gives_back_all_that_scenes_say():
                 assert tokenizer.unk_token_id not in ids
                 assert tokenizer.decode(ids) == text
     assert tokenizer.decode(tokenizer("How MANY elephants?")["input_ids"]) == "how many <unk>?"
-    assert tokenizer.tokenize("circles, crosses") == ["circle", "##s", ",", "cross", "##es"]
     assert tokenizer("USER: a\n")["input_ids"][-1] == tokenizer.convert_tokens_to_ids("\n")
 
 
