@@ -27,6 +27,7 @@ from benchmarks.runner import (
     current_conditions,
     estimated_seconds,
     is_measured,
+    own_path,
     problems,
     without_lost,
 )
@@ -82,7 +83,12 @@ def plan(
     jobs = []
     for name in ops:
         benchmark = BENCHMARKS[name]
-        wanted = tuple(one for one in benchmark.providers if not providers or one.name in providers)
+        wanted = benchmark.providers
+        if providers is not None:
+            # A ratio needs its neighbours of the same run.
+            beside = (benchmark.providers[0].name, own_path(benchmark, device))
+            named = [one for one in wanted if one.name in providers]
+            wanted = tuple(one for one in wanted if named and one.name in (*providers, *beside))
         default = list(benchmark.dtypes) if device.type == "cuda" else ["float32"]
         for one in benchmark.cases:
             if (quick and not one.quick) or (one.gpu_only and device.type != "cuda"):
@@ -111,7 +117,10 @@ def main(
     ] = None,
     mode: Annotated[list[str] | None, typer.Option(help=f"{', '.join(ALL_MODES)}; default all.")] = None,
     provider: Annotated[
-        list[str] | None, typer.Option(help="Only these, such as 'original', 'torch', 'triton'.")
+        list[str] | None,
+        typer.Option(
+            help="Only these, such as 'original compiled', beside the baseline and this package's own path."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     budget: Annotated[
@@ -173,11 +182,11 @@ def run(
     wanted = [
         without_lost(job, where(job), stored)
         for job in jobs
-        if not is_measured(job, where(job), stored, by_name)
+        if not is_measured(job, where(job), stored, by_name, with_memory=not quick)
     ]
     seconds = budget if budget is not None else (1.0 if quick else 5.0)
     estimates = [estimated_seconds(job, where(job), seconds, not quick) for job in wanted]
-    minutes = max(1, round(sum(estimates) / 60))
+    minutes = max(1, round(sum(estimates) / 60)) if wanted else 0
     _say(
         errors,
         f"{places[device.type].device_name}: {len(wanted)} measurements, about {minutes} min; "

@@ -5,6 +5,7 @@ inputs, and by the dtype's own precision at least. Norms hide what is wrong in o
 box, row of a weight) counts, too. The baseline itself is held to fixed tolerances.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,9 +35,11 @@ FEW = 1000
 class WrongResult(Exception):
     """A provider's results are not those of the reference."""
 
-    def __init__(self, text: str, error: float, tolerance: float) -> None:
+    def __init__(self, text: str, error: float | None, tolerance: float | None) -> None:
         super().__init__(f"wrong: {text}")
-        self.error, self.tolerance = error, tolerance
+        # JSON has no NaN.
+        self.error = error if error is not None and math.isfinite(error) else None
+        self.tolerance = tolerance
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Standard:
         baseline, baseline_seconds: errors of the baseline, and how long its call took.
         dtype: that is measured.
         outputs: how many of the results are values.
+        sums: of the problem, which no provider may change.
     """
 
     expected: list[Tensor]
@@ -68,14 +72,17 @@ class Standard:
     baseline_seconds: float
     dtype: torch.dtype
     outputs: int
+    sums: list[float]
 
     def judge(self, results: Sequence[Tensor], leniency: float = 1.0) -> tuple[float, float]:
         """Error and tolerance of the result nearest to its limit; `results` may be the gradients alone.
 
         Raises:
-            WrongResult: a result is beyond its limit, or no number.
+            WrongResult: a result is beyond its limit, or no number, or there are more or fewer than expected.
         """
         first = len(self.expected) - len(results)
+        if first not in (0, self.outputs if len(self.expected) > self.outputs else 0):
+            raise WrongResult(f"{len(results)} results, expected {len(self.expected)}", None, None)
         return self._judge(errors_of(results, self.expected[first:]), first, leniency)
 
     def judge_baseline(self) -> tuple[float, float]:
@@ -120,6 +127,7 @@ def standard(
         baseline: function of the first provider; None where it does not run: the reference in the measured dtype.
     """
     dtype, mode = problem.grads[0].dtype, checked_mode(mode)
+    sums = problem.sums()
     wide = torch.float64 if benchmark.in_float64 or dtype == torch.float32 else torch.float32
     reference = benchmark.reference or on_backend("reference", benchmark.function)
     expected = [one.detach() for one in make_call(reference, problem.widened(wide), mode)()]
@@ -136,7 +144,7 @@ def standard(
         norms.append(max(NORM_FACTOR * norm, LEAST[dtype]))
         rows.append(ROW_FACTOR * max(row, LEAST[dtype]))
     source = benchmark.source or f"literal composition in {str(wide).removeprefix('torch.')}"
-    return Standard(expected, source, norms, rows, errors, seconds, dtype, len(problem.grads))
+    return Standard(expected, source, norms, rows, errors, seconds, dtype, len(problem.grads), sums)
 
 
 def check(held_to: Standard, function: Function, problem: Problem, mode: str, leniency: float = 1.0) -> float:

@@ -7,7 +7,7 @@ from benchmarks.rows import Row
 
 # What `auto` takes on a device (`mgllava` is what has no backends), and what it replaces: plain RoIAlign has no
 # composition of MG-LLaVA's behind it.
-PACKAGE = {"cpu": ("torch", "mgllava"), "gpu": ("triton", "torch", "mgllava")}
+PACKAGE = {"cpu": ("torch", "mgllava"), "gpu": ("triton", "mgllava")}
 BASELINES = ("original", "torchvision")
 # Providers of this package; the others are rivals.
 OURS = ("torch", "triton", "mgllava")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Inputs, Provider, package_providers
 from benchmarks.models import encoded, make_model, original_flow, picture_inputs, prompt, reference_flow
-from benchmarks.original import ONE_THREAD
+from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import FIRST_TOKEN, TINY_MODEL, Sizes, model_width, tokens_of
 
 
@@ -54,7 +54,9 @@ BENCHMARK = Benchmark(
     inputs=make_inputs,
     output_shapes=_output_shapes,
     providers=(
-        Provider("original", partial(_composed, original_flow), cpu_note=ONE_THREAD),
+        Provider(
+            "original", partial(_composed, original_flow), extra_flow, too_many_bins, cpu_note=ONE_THREAD
+        ),
         *package_providers(_package),
     ),
     function=_package,

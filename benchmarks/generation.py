@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Provider, package_providers
 from benchmarks.first_token import logits_shape, make_inputs
 from benchmarks.models import encoded, original_flow, reference_flow
-from benchmarks.original import ONE_THREAD
+from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import GENERATION, TINY_MODEL, Sizes
 
 NEW_TOKENS = 32
@@ -50,7 +50,9 @@ BENCHMARK = Benchmark(
     inputs=make_inputs,
     output_shapes=lambda sizes: [logits_shape(sizes)],
     providers=(
-        Provider("original", partial(_composed, original_flow), cpu_note=ONE_THREAD),
+        Provider(
+            "original", partial(_composed, original_flow), extra_flow, too_many_bins, cpu_note=ONE_THREAD
+        ),
         *package_providers(_package),
     ),
     function=_package,

@@ -138,7 +138,7 @@ def _measure(
     tuned: Path | None = None,
     needs: tuple[str, ...] = (),
 ) -> Step:
-    """Rows of some cases. Without torchvision the original is a row with the reason, the others are measured."""
+    """Rows of some cases; rivals that cannot run are rows with the reason."""
     named = (word for provider in providers for word in ("--provider", provider))
     command = (
         "-m",
@@ -626,15 +626,15 @@ def _environment(output: Path) -> dict[str, str]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Stop a command with everything it started."""
+    """Stop a command with everything it started, and what of that outlives it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-            return
 
 
+FIND_SECONDS = 120  # of importing torch from a cold disk, too; a driver that hangs takes for ever
 FIND_GPU = """
 import json, platform, torch
 found = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else None
@@ -653,7 +653,11 @@ print(json.dumps(found))
 
 def find_gpu() -> dict[str, str | None] | None:
     """Name and versions of the GPU that torch finds, asked in a process of its own so that no memory is held here."""
-    result = subprocess.run([sys.executable, "-c", FIND_GPU], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", FIND_GPU]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=FIND_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 and result.stdout else None
 
 

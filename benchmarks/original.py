@@ -149,3 +149,10 @@ def extra_neck(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
     """The sum of its parts."""
     parts = (extra_pooled_roi_align, extra_conv_gate, extra_projectors)
     return sum(part(sizes, dtype, mode) for part in parts)
+
+
+def extra_flow(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
+    """The neck's, and the stages' maps, which its inputs are no longer. Frozen towers keep nothing for a backward
+    pass; a block of them, and of the language model, needs less."""
+    finest = math.prod(stage_shapes(sizes)[0])
+    return extra_neck(sizes, dtype, "forward" if mode == "forward" else "both") + 8 * finest * dtype.itemsize

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from benchmarks import memory, timing
 from benchmarks.benchmark import Benchmark, Problem, Provider, forget_compilations, make_call, make_problem
 from benchmarks.check import Standard, WrongResult, checked_mode, standard
+from benchmarks.comparison import OURS, PACKAGE
 from benchmarks.roofline import Ceilings
 from benchmarks.rows import Row
 from benchmarks.shapes import Case
@@ -24,9 +25,10 @@ from mgllava_kernels.tune import conditions as gpu_conditions
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "torchvision", "transformers")
-OURS = ("torch", "triton", "mgllava")
 # Calls longer than this many seconds take gigabytes: their memory is that of a timed call, not of one more process.
 WATCHED_SECONDS = 4.0
+# What a row on a CPU notes until its memory, too, is measured.
+NO_MEMORY = "peak memory is not measured yet"
 # How the reason of a row begins whose provider took the GPU's context with it: it is not tried again.
 LOST = "failed, and no other call of the process after it could run: "
 
@@ -58,6 +60,10 @@ class Conditions:
 
 class DeviceLost(Exception):
     """After an error such as an illegal memory access every call of this process to CUDA fails."""
+
+
+class NotWritten(OSError):
+    """A row cannot be kept: no fault of what was measured."""
 
 
 def current_conditions(device: torch.device) -> Conditions:
@@ -193,7 +199,7 @@ class Runner:
                 held_to = self._standard_of(job, problem, able, blank, rows)
                 measure = self._on_gpu if device.type == "cuda" else self._on_cpu
                 measure(job, problem, held_to, able, blank, rows)
-        except DeviceLost:
+        except (DeviceLost, NotWritten):
             raise
         except Exception as error:
             # Of the inputs or the reference: nobody can be measured.
@@ -212,7 +218,13 @@ class Runner:
 
     def _put(self, rows: list[Row], row: Row) -> None:
         rows.append(row)
-        self.write(row)
+        self._write(row)
+
+    def _write(self, row: Row) -> None:
+        try:
+            self.write(row)
+        except OSError as error:
+            raise NotWritten(f"rows cannot be written: {error}") from error
 
     def _put_failure(self, rows: list[Row], row: Row, error: Exception) -> None:
         """The row of a provider that raised.
@@ -304,6 +316,12 @@ class Runner:
         seconds = time.perf_counter() - begin
         try:
             error, allowed = held_to.judge(results, provider.leniency)
+            if problem.sums() != held_to.sums:
+                # Who comes next would get them, and the blame.
+                problem.restore(
+                    make_problem(job.benchmark, job.case.sizes, held_to.dtype, self.conditions.device)
+                )
+                raise WrongResult("it changes its inputs", None, None)
             outcome = Outcome(seconds, error, allowed)
         except WrongResult as wrong:
             outcome = _wrong(seconds, wrong)
@@ -354,15 +372,19 @@ class Runner:
                 self._put(rows, replace(row, reason=_failure(failures[name])))
             else:
                 right[name] = _timed(job, row, times[name])
-                self.write(right[name])  # its memory is still to come, which may end this process
+                # Its memory is still to come, which may end this process.
+                self._write(_noted(right[name], NO_MEMORY))
         watched = {name: call for name, call in calls.items() if isinstance(call, memory.Watched)}
         calls.clear()
         for name, row in right.items():
             if row.milliseconds is None:
                 continue
+            if not self.with_memory:
+                rows.append(row)
+                continue  # written above
             if name in watched:
                 row = replace(row, extra_bytes=watched[name].extra_bytes)
-            elif self.with_memory:
+            else:
                 self.tell(f"memory of {name}")
                 try:
                     extra = memory.apart(job.benchmark.name, name, job.case.sizes, job.dtype, job.mode)
@@ -415,6 +437,8 @@ class Runner:
                         measure = functools.partial(timing.replayed, make_calls, self.budget, verify)
                     times = timing.quietest(lambda measure=measure: {"": measure()}, self.budget)
                     self._put(rows, _timed(job, row, times[""]))
+                except NotWritten:
+                    raise
                 except WrongResult as wrong:
                     self._put(rows, _wrong(0.0, wrong).into(row))
                 except Exception as error:
@@ -448,7 +472,10 @@ def _failure(error: Exception) -> str:
 
 def _line(error: Exception) -> str:
     """One line on what was raised."""
-    lines = str(error).strip().splitlines() or [""]
+    try:
+        lines = str(error).strip().splitlines() or [""]
+    except Exception:
+        return f"{type(error).__name__}, without a text"
     return f"{type(error).__name__}: {lines[0]}"
 
 
@@ -487,21 +514,54 @@ def _refusal(provider: Provider, job: Job, free: int | None) -> str | None:
     return reason or provider.impossible(sizes)
 
 
-def is_measured(job: Job, conditions: Conditions, stored: Sequence[Row], by_name: Sequence[str] = ()) -> bool:
-    """Whether each provider has times of this device, these versions and this code, or what kept it from running then
-    still does. What failed is tried again, save what took the device with it."""
+def is_measured(
+    job: Job,
+    conditions: Conditions,
+    stored: Sequence[Row],
+    by_name: Sequence[str] = (),
+    with_memory: bool = True,
+) -> bool:
+    """Whether each provider has all times of this device, these versions and this code, or what kept it from running
+    then still does; and whether this package's can be compared with the others', being of one run. What failed is
+    tried again, save what took the device with it."""
     found: dict[str, list[Row]] = {}
     for row in _rows_of(job, conditions, stored):
+        if with_memory and NO_MEMORY in (row.note or ""):
+            continue
         found.setdefault(row.provider, []).append(row)
     free = memory.available(conditions.device)
-    return all(
+    launches = {"eager", "graph"} if conditions.kind != "cpu" and job.benchmark.graph else {"eager"}
+    settled = all(
         _is_settled(
             found.get(provider.name, []),
             reason_now(job, provider, conditions, by_name, free),
+            launches,
             failures_count=provider.name in OURS,
         )
         for provider in job.providers
     )
+    return settled and _are_of_one_run(job, conditions, found)
+
+
+def _are_of_one_run(job: Job, conditions: Conditions, found: Mapping[str, Sequence[Row]]) -> bool:
+    """Whether each provider was timed beside this package's, where that was timed."""
+    own = found.get(own_path(job.benchmark, conditions.device), [])
+    if any((row.reason or "").startswith(LOST) for row in own):
+        return True  # it is not timed again
+    runs = {row.run for row in own if row.milliseconds is not None}
+    return not runs or all(
+        row.run in runs
+        for provider in job.providers
+        for row in found.get(provider.name, [])
+        if row.milliseconds is not None
+    )
+
+
+def own_path(benchmark: Benchmark, device: torch.device) -> str | None:
+    """The provider that `auto` is on a device, with which all others are compared."""
+    names = {provider.name for provider in benchmark.providers}
+    on_cpu = device.type == "cpu" or benchmark.on_cpu
+    return next((name for name in PACKAGE["cpu" if on_cpu else "gpu"] if name in names), None)
 
 
 def without_lost(job: Job, conditions: Conditions, stored: Sequence[Row]) -> Job:
@@ -523,7 +583,7 @@ def _rows_of(job: Job, conditions: Conditions, stored: Sequence[Row]) -> list[Ro
     ]
 
 
-def _is_settled(rows: Sequence[Row], reason: str | None, failures_count: bool) -> bool:
+def _is_settled(rows: Sequence[Row], reason: str | None, launches: set[str], failures_count: bool) -> bool:
     """Whether the rows of a provider, whom `reason` keeps from running now, are all there is to know."""
     reasons = [row.reason for row in rows if row.reason is not None]
     if any(one.startswith(LOST) for one in reasons):
@@ -534,7 +594,8 @@ def _is_settled(rows: Sequence[Row], reason: str | None, failures_count: bool) -
         return False
     # How much memory is free changes, and does not matter while it is too little.
     kept = reason is not None and any(_standing(one) == _standing(reason) for one in reasons)
-    return kept or any(row.milliseconds is not None for row in rows)
+    timed = any(row.milliseconds is not None for row in rows)
+    return kept or (timed and launches <= {row.launch for row in rows})
 
 
 def _standing(reason: str) -> str:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Inputs, Provider, package_providers
 from benchmarks.first_token import make_inputs
 from benchmarks.models import encoded, original_flow, reference_flow
-from benchmarks.original import ONE_THREAD
+from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import TINY_MODEL, TRAINING_STEP, Sizes
 
 
@@ -50,7 +50,9 @@ BENCHMARK = Benchmark(
     inputs=_inputs,
     output_shapes=_output_shapes,
     providers=(
-        Provider("original", partial(_composed, original_flow), cpu_note=ONE_THREAD),
+        Provider(
+            "original", partial(_composed, original_flow), extra_flow, too_many_bins, cpu_note=ONE_THREAD
+        ),
         *package_providers(_package),
     ),
     function=_package,

@@ -1,7 +1,6 @@
 """Pictures to tokens: both towers and the neck."""
 
 import torch
-from torch import Tensor
 
 from benchmarks import original
 from benchmarks.benchmark import MODELS_CODE, Benchmark, Inputs, original_providers, package_providers
@@ -17,14 +16,6 @@ def _output_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
     return [(tokens_of(sizes) + sizes["boxes"], model_width(sizes))] * sizes["images"]
 
 
-def _extra_bytes(sizes: Sizes, dtype: torch.dtype, mode: str) -> int:
-    """The neck's, and the stages' maps, which its inputs are no longer; a block of the towers needs less."""
-    pixels: Tensor = torch.empty(
-        sizes["images"], 192, sizes["canvas"] // 4, sizes["canvas"] // 4, device="meta"
-    )
-    return original.extra_neck(sizes, dtype, mode) + 8 * pixels.numel() * dtype.itemsize
-
-
 BENCHMARK = Benchmark(
     name="vision_flow",
     cases=VISION_FLOW,
@@ -32,7 +23,7 @@ BENCHMARK = Benchmark(
     inputs=_inputs,
     output_shapes=_output_shapes,
     providers=(
-        *original_providers(original_flow, _extra_bytes, original.too_many_bins, original.ONE_THREAD),
+        *original_providers(original_flow, original.extra_flow, original.too_many_bins, original.ONE_THREAD),
         *package_providers(package_flow),
     ),
     function=package_flow,

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from row_cases import a_line, conv_gate
 
-from benchmarks import rows
+from benchmarks import acceptance, comparison, rows
 from benchmarks.rows import Row
 
 ROW = Row(
@@ -112,3 +113,14 @@ def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
     assert subprocess.run(command, cwd=root).returncode == -signal.SIGKILL
     with rows.locked(tmp_path):
         pass
+
+
+def test_another_path_does_not_stand_in_for_a_kernel_without_a_row():
+    """As of a run that was cut off before its last provider."""
+    line = a_line(cases=("1 picture",))
+    found = conv_gate("1 picture", 3.0)
+    assert line.judge(comparison.compare(found)).state == acceptance.MET
+    torch_alone = [dataclasses.replace(row, provider="torch") for row in found if row.provider == "triton"]
+    cut_off = comparison.compare([found[0], *torch_alone])
+    assert cut_off[0].ours is None
+    assert line.judge(cut_off).state == acceptance.NOT_MEASURED

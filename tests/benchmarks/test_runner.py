@@ -227,6 +227,10 @@ def test_after_a_lost_device_only_the_offender_is_blamed_and_a_new_process_goes_
     assert [one.name for one in rest.providers] == ["original", "torch"]
     again = list(measured(rest).values())
     assert runner.is_measured(job, GPU, [written[-1], *again])
+    # Its eager times of the first run are none that the others could be compared with.
+    timed = dataclasses.replace(written[-1], reason=None, milliseconds=again[0].milliseconds)
+    graph = dataclasses.replace(written[-1], launch="graph")
+    assert runner.is_measured(job, GPU, [timed, graph, *again])
 
 
 def test_compiled_rivals_come_last_and_the_rows_keep_their_order(cuda):
@@ -272,16 +276,101 @@ def test_a_process_killed_while_its_memory_is_measured_leaves_the_times(monkeypa
     assert ours.extra_bytes == 1000
 
 
-def test_times_are_written_before_memory_is_measured(monkeypatch, tmp_path):
+def test_times_are_written_before_memory_is_measured_and_the_next_run_brings_it(monkeypatch, tmp_path):
     def killed(*_):
         raise KeyboardInterrupt
 
+    job = job_of(ORIGINAL, TORCH)
+    measuring = Runner(CPU, CEILINGS, 0.0, write=lambda row: rows.add([row], tmp_path))
     monkeypatch.setattr(memory, "apart", killed)
     with pytest.raises(KeyboardInterrupt):
-        Runner(CPU, CEILINGS, 0.0, write=lambda row: rows.add([row], tmp_path)).measure(
-            job_of(ORIGINAL, TORCH)
-        )
-    assert [bool(row.milliseconds) for row in rows.read_all(tmp_path)] == [True, True]
+        measuring.measure(job)
+    kept = rows.read_all(tmp_path)
+    assert [bool(row.milliseconds) for row in kept] == [True, True]
+    assert runner.is_measured(job, CPU, kept, with_memory=False)
+    assert not runner.is_measured(job, CPU, kept)
+    monkeypatch.setattr(memory, "apart", lambda *_: 1000)
+    measuring.measure(job)
+    kept = rows.read_all(tmp_path)
+    assert [row.extra_bytes for row in kept] == [1000, 1000]
+    assert runner.is_measured(job, CPU, kept)
+
+
+def test_a_run_without_memory_leaves_it_to_the_next(tmp_path):
+    job = job_of(ORIGINAL, TORCH)
+    quick = Runner(CPU, CEILINGS, 0.0, with_memory=False, write=lambda row: rows.add([row], tmp_path))
+    assert not any(runner.NO_MEMORY in (row.note or "") for row in quick.measure(job))  # shown at once
+    assert runner.is_measured(job, CPU, rows.read_all(tmp_path), with_memory=False)
+    assert not runner.is_measured(job, CPU, rows.read_all(tmp_path))
+
+
+def test_results_that_are_missing_are_wrong(monkeypatch):
+    monkeypatch.setattr(memory, "apart", lambda *_: 1000)
+
+    def no_gradients(**inputs):
+        return [*TORCH.function(**inputs)] * 2
+
+    for name, function in (("torch", lambda **inputs: []), ("torch", no_gradients)):
+        _, row = Runner(CPU, CEILINGS, 0.0).measure(job_of(ORIGINAL, Provider(name, function)))
+        assert row.wrong
+        assert row.milliseconds is None
+        assert "results, expected 1" in row.reason
+
+
+def test_rows_of_wrong_results_are_json(monkeypatch, tmp_path):
+    broken = Provider("torch", lambda **inputs: [TORCH.function(**inputs)[0][:, :-1]])
+    _, row = Runner(CPU, CEILINGS, 0.0, with_memory=False).measure(job_of(ORIGINAL, broken))
+    assert row.wrong
+    assert row.error is None
+    rows.add([row], tmp_path)
+    assert "NaN" not in rows.path_of(OP.name, "cpu", tmp_path).read_text()
+
+
+def test_who_writes_to_the_inputs_is_wrong_and_nobody_else():
+    def spoils(**inputs):
+        results = TORCH.function(**inputs)
+        inputs["stages"][0].detach().mul_(1.5)
+        return results
+
+    for mode in ("forward", "backward"):
+        job = job_of(ORIGINAL, Provider("triton", spoils), TORCH, mode=mode)
+        found = Runner(CPU, CEILINGS, 0.0, with_memory=False).measure(job)
+        assert [(row.provider, row.wrong, bool(row.milliseconds)) for row in found] == [
+            ("original", False, True),
+            ("triton", True, False),
+            ("torch", False, True),
+        ]
+        assert found[1].reason == "wrong: it changes its inputs"
+
+
+def test_a_full_disk_is_no_fault_of_a_provider(cuda):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(runner.NotWritten, match="rows cannot be written.*No space left"):
+        Runner(GPU, CEILINGS, 0.0, write=full).measure(job_of(ORIGINAL, TORCH))
+    with pytest.raises(runner.NotWritten):
+        Runner(CPU, CEILINGS, 0.0, with_memory=False, write=full).measure(job_of(ORIGINAL, TORCH))
+
+
+def test_a_job_cut_off_before_its_graphs_is_measured_again(cuda):
+    triton = dataclasses.replace(TORCH, name="triton")
+    job = job_of(ORIGINAL, triton)
+    found = list(measured(job).values())
+    assert runner.is_measured(job, GPU, found)
+    assert not runner.is_measured(job, GPU, found[:-1])
+    # No graph can hold it: there is nothing more to measure.
+    without = job_of(ORIGINAL, triton, graph=False)
+    assert runner.is_measured(without, GPU, [row for row in found if row.launch == "eager"])
+
+
+def test_times_without_neighbours_are_measured_again():
+    job = job_of(ORIGINAL, TORCH)
+    found = Runner(CPU, CEILINGS, 0.0, with_memory=False).measure(job)
+    assert runner.is_measured(job, CPU, found, with_memory=False)
+    later = [dataclasses.replace(found[1], run="later")]
+    assert not runner.is_measured(job, CPU, [found[0], *later], with_memory=False)
+    assert runner.is_measured(job_of(ORIGINAL), CPU, found[:1], with_memory=False)
 
 
 def test_memory_of_slow_calls_is_that_of_a_timed_one(monkeypatch):
