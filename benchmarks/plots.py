@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.comparison import Comparison, Place, compare, median, places
+from benchmarks.comparison import BASELINES, Comparison, Place, compare, median, places
 from benchmarks.registry import BENCHMARKS
-from benchmarks.report import representatives, slug, torch_path
+from benchmarks.report import SLOWER, representatives, slug, torch_path
 from benchmarks.rows import Row
 from benchmarks.shapes import CURVES
 
@@ -125,9 +125,10 @@ def _ordered(ops: Iterable[str]) -> list[str]:
     return sorted(set(ops), key=lambda op: (known.index(op) if op in known else len(known), op))
 
 
-def _label(one: Comparison) -> str:
+def _label(one: Comparison, is_worst: bool) -> str:
     mode = {"both": "forward + backward"}.get(one.first.mode, one.first.mode)
-    return f"{one.first.op}: {mode}\n{one.first.case}, {one.first.dtype}"
+    worst = ", the worst" if is_worst else ""
+    return f"{one.first.op}: {mode}{worst}\n{one.first.case}, {one.first.dtype}"
 
 
 def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
@@ -137,7 +138,7 @@ def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
         return None
     figure, (axes,) = _figure(8, 1.0 + 0.42 * len(chosen))
     axes.axvline(1, color=GREY, linewidth=1)
-    for line, one in enumerate(chosen):
+    for line, (one, _) in enumerate(chosen):
         marks = [
             (one.speed_up(one.baseline), ORIGINAL, "against the original (plain RoIAlign: torchvision's)")
         ]
@@ -151,21 +152,21 @@ def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
             if value is not None:
                 _dot(axes, value, line, style, text)
         # The larger number right of its mark; the smaller, and every loss, left.
-        if ends[-1] >= 1:
+        if ends[-1] >= SLOWER:
             _value(axes, ends[-1], line, right=True)
-        if len(ends) > 1 or ends[0] < 1:
+        if len(ends) > 1 or ends[0] < SLOWER:
             _value(axes, ends[0], line, right=False)
     axes.set_xscale("log")
     values = [
         value
-        for one in chosen
+        for one, _ in chosen
         for rival in (one.baseline, one.best_rival, torch_path(one))
         if (value := one.speed_up(rival)) is not None
     ]
-    axes.set_xlim(0.4 * min(1, *values), 2.5 * max(1, *values))  # room for the numbers
+    axes.set_xlim(0.3 * min(1, *values), 3 * max(1, *values))  # room for the numbers
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(range(len(chosen)), [_label(one) for one in chosen], fontsize=8)
+    axes.set_yticks(range(len(chosen)), [_label(*each) for each in chosen], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("rival's time / this package's time   (left of 1: slower)")
@@ -183,19 +184,19 @@ def _value(axes: Axes, value: float, line: int, right: bool) -> None:
         textcoords="offset points",
         va="center",
         ha="left" if right else "right",
-        fontweight="bold" if value < 1 else "normal",
+        fontweight="bold" if value < SLOWER else "normal",
     )
 
 
 def shares(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
     """How near each op comes to the least time that the device allows."""
     chosen = [
-        one for one in representatives(comparisons) if one.ours is not None and one.ours.share is not None
+        each for each in representatives(comparisons) if each[0].ours and each[0].ours.share is not None
     ]
     if not chosen:
         return None
     figure, (axes,) = _figure(8, 1.0 + 0.42 * len(chosen))
-    for line, one in enumerate(chosen):
+    for line, (one, _) in enumerate(chosen):
         marks = [
             (one.baseline, ORIGINAL, "original (plain RoIAlign: torchvision)"),
             (one.ours, OURS, "this package"),
@@ -205,13 +206,16 @@ def shares(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
                 _dot(axes, 100 * row.share, line, style, text)
         best = max(row.share for row, _, _ in marks if row is not None and row.share is not None)
         text = f"{100 * one.ours.share:.2g}%"
-        axes.annotate(text, (100 * best, line), (7, 0), textcoords="offset points", va="center", color=BLUE)
+        # On white: the line at 100% would cross the number.
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        options = {"textcoords": "offset points", "va": "center", "color": BLUE, "bbox": white}
+        axes.annotate(text, (100 * best, line), (8, 0), **options)
     axes.set_xscale("log")
     axes.set_xlim(right=300)
     axes.axvline(100, color=GREY, linewidth=1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(range(len(chosen)), [_label(one) for one in chosen], fontsize=8)
+    axes.set_yticks(range(len(chosen)), [_label(*each) for each in chosen], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("share of the floor   (100%: as fast as the measured bandwidth or matmul rate allows)")
@@ -333,7 +337,11 @@ def _panels(found: Sequence[Curve], axis: str, lines: Lines, unit: str, title: s
         for text, (colour, marker), (xs, ys) in lines(curve):
             if xs:
                 axes.plot(xs, ys, color=colour, marker=marker, markersize=5, linewidth=1.6)
-                ends.append((ys[-1], text, colour))
+                if xs[-1] == max(curve.points):
+                    ends.append((ys[-1], text, colour))
+                else:
+                    options = {"va": "center", "color": colour, "fontweight": "bold", "fontsize": 8}
+                    axes.annotate(text, (xs[-1], ys[-1]), (7, 0), textcoords="offset points", **options)
         values = list(curve.points)
         if 0 in values:
             axes.set_xscale("symlog", linthresh=1, linscale=0.4)
@@ -353,7 +361,20 @@ def _panels(found: Sequence[Curve], axis: str, lines: Lines, unit: str, title: s
         axes.set_xlabel(AXIS_NAMES[axis] + _others(curve, axis))
         axes.set_ylabel(unit)
     _title(figure, title)
+    if refused := _refused(found):
+        figure.supxlabel(refused, x=0.01, ha="left", fontsize=7)
     return figure
+
+
+def _refused(found: Sequence[Curve]) -> str:
+    """Where the original's line has no point, and why."""
+    ops: dict[str, list[str]] = {}
+    for curve in found:
+        for value, one in curve.points.items():
+            for row in one.rows.values():
+                if row.provider in BASELINES and row.reason is not None:
+                    ops.setdefault(f"no {row.provider} at {value:,}: {row.reason}", []).append(curve.op)
+    return "\n".join(f"{', '.join(names)}: {text}" for text, names in ops.items())
 
 
 def _name_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:

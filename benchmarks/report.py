@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ import torch
 from benchmarks import roofline
 from benchmarks.comparison import BASELINES, Comparison, Place, compare, median, places
 from benchmarks.registry import BENCHMARKS, OPS
-from benchmarks.rows import RESULTS, Row, add, read_all
+from benchmarks.rows import RESULTS, Row, add, locked, read_all
+from benchmarks.shapes import PUBLISHED_MODEL
 
 if TYPE_CHECKING:
     from benchmarks.plots import Picture
@@ -37,8 +39,9 @@ Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one
   the original composition's time divided by this package's (of plain RoIAlign **× torchvision**), **× best rival** the
   same for the fastest of everything else that ran, the original among them. Below 1.00 this package is slower, and
   the cell says so.
-- Both times of a ratio come from one run, side by side. Medians of n calls or, in a CUDA graph, of n samples; p20 to
-  p80 says how far they spread, and *noisy* that of one side p80 is more than {noisy:g} times p20.
+- Both times of a ratio come from one run, side by side. Medians of n calls or, in a CUDA graph, of n samples, and of
+  how many of the original's where these are fewer. p20 to p80 says how far ratios spread, or this package's time around
+  its median where there is no ratio; *noisy*, that of one side p80 is more than {noisy:g} times p20.
 - **of floor** is the least time that the device allows (bytes / bandwidth or FLOPs / matmul rate, both measured on it
   in the same run and named with each table) divided by this package's time.
 - **extra** is peak memory above the inputs.
@@ -49,20 +52,28 @@ NOISY = 1.3
 MORE = 1.05
 # What a time leaves out or holds, by benchmark.
 NOTES = {
+    "neck": "Backward computes the gradients of the neck's weights, as training with frozen towers does: those of the "
+    "stage maps are not among them.",
     "pooled_roi_align": "Backward computes the gradients of the stage maps; MG-LLaVA's own training, with frozen "
     "towers, does not need them.",
     "first_token": "Pixel tensors and token ids to logits: without preprocessing and tokenising.",
     "generation": "A whole answer: its rate counts the first token, so pictures and prompt too.",
     "training_step": "Loss and gradients of stage 1, without the optimiser's update.",
 }
+SHALLOW = "shallow model"
+PUBLISHED_NOTE = (
+    f"The published model has {PUBLISHED_MODEL['vit_layers']} ViT layers, {PUBLISHED_MODEL['blocks']} blocks in "
+    f"ConvNeXt's third stage and {PUBLISHED_MODEL['layers']} language layers; in the shallow one the neck's share of "
+    "the time is larger, and with it the ratio."
+)
 NONE = ", 0 boxes"
 NO_BOXES = (
     "0 boxes is where the curves begin, not a case of the model: it gives such a picture one all-zero box."
 )
 
 CPU_NOTE = (
-    "Only ratios: absolute times of a CPU depend on the machine and on what else it does, and are not to be "
-    "compared between machines. They are in the rows."
+    "Only ratios, save rates that nothing can be compared with: absolute times of a CPU depend on the machine and on "
+    "what else it does, and are not to be compared between machines. They are in the rows."
 )
 # A speed-up below it is a loss; above, it reads as 1.00.
 SLOWER = 0.995
@@ -164,13 +175,14 @@ def _representative(cases: Sequence[str]) -> str:
     return next((name for name in REPRESENTATIVE if name in cases), cases[-1])
 
 
-def representatives(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def representatives(comparisons: Sequence[Comparison]) -> list[tuple[Comparison, bool]]:
     """One case of each op in every mode in which it was timed beside a rival, and the op's worst comparison.
 
-    Inside a CUDA graph where there is one, in the first of its dtypes.
+    Inside a CUDA graph where there is one, in the first of its dtypes. Each with whether it stands there only as
+    the worst.
     """
     timed = [one for one in comparisons if one.speed_up(one.best_rival) is not None]
-    chosen = []
+    chosen: list[tuple[Comparison, bool]] = []
     for op in _ops(one.first for one in timed):
         own = [one for one in timed if one.first.op == op]
         if any(one.first.launch == "graph" for one in own):
@@ -181,9 +193,9 @@ def representatives(comparisons: Sequence[Comparison]) -> list[Comparison]:
         # A picture without any box is no case of the model (`NO_BOXES`).
         of_model = [one for one in own if NONE not in one.first.case]
         worst = min(of_model or own, key=lambda one: one.speed_up(one.best_rival) or 0.0)
+        chosen += [(one, False) for one in sorted(picked, key=lambda one: _MODES.index(one.first.mode))]
         if not any(one is worst for one in picked):
-            picked.append(worst)
-        chosen += sorted(picked, key=lambda one: (one is worst, _MODES.index(one.first.mode)))
+            chosen.append((worst, True))
     return chosen
 
 
@@ -357,11 +369,32 @@ def _is_noisy(*rows: Row | None) -> bool:
 
 
 def _spread(comparison: Comparison, text: str) -> str:
-    return f"{text}, *noisy*" if _is_noisy(comparison.ours, comparison.baseline) else text
+    return text + _noise(comparison.ours, comparison.baseline)
+
+
+def _noise(*rows: Row | None) -> str:
+    return ", *noisy*" if _is_noisy(*rows) else ""
 
 
 def _samples(comparison: Comparison) -> str:
-    return "-" if comparison.ours is None or not comparison.ours.samples else str(comparison.ours.samples)
+    """How many times are behind this package's median, and behind the baseline's where these are fewer."""
+    ours, baseline = comparison.ours, comparison.baseline
+    if ours is None or not ours.samples:
+        return "-"
+    fewer = baseline is not None and baseline.samples < ours.samples
+    return f"{ours.samples}, {baseline.provider}'s {baseline.samples}" if fewer else str(ours.samples)
+
+
+def _ratio_spread(comparison: Comparison) -> str:
+    """How far the ratio spreads; without one, this package's time around its median."""
+    if comparison.ours is None or comparison.ours.milliseconds is None:
+        return "-"
+    times = comparison.ours.milliseconds
+    spread = comparison.speed_up_range(comparison.baseline) if comparison.baseline is not None else None
+    ends = [
+        ratio_text(value) for value in spread or (times[name] / times["median"] for name in ("p20", "p80"))
+    ]
+    return _spread(comparison, " to ".join(ends) + ("" if spread else " of its median"))
 
 
 def _cpu_table(comparisons: Sequence[Comparison]) -> list[str]:
@@ -375,13 +408,9 @@ def _cpu_table(comparisons: Sequence[Comparison]) -> list[str]:
     header += ["of floor", "extra MB", f"{name}'s", "error", *_detail_names(comparisons)]
     cells = []
     for one in comparisons:
-        baseline, rival = one.baseline, one.best_rival
-        spread = one.speed_up_range(baseline) if baseline is not None else None
+        rival = one.best_rival
         row = [one.first.case, _mode(one), one.first.dtype, _ours(one, _against_baseline(one))]
-        row.append(
-            "-" if spread is None else _spread(one, f"{ratio_text(spread[0])} to {ratio_text(spread[1])}")
-        )
-        row.append(_samples(one))
+        row += [_ratio_spread(one), _samples(one)]
         if several:
             row.append(ratio(one.speed_up(rival)) + ("" if rival is None else f" ({rival.provider})"))
         row += [_share(one), _ours_memory(one), _baseline_memory(one), _error(one)]
@@ -457,6 +486,7 @@ def _notes(op: str, rows: Sequence[Row]) -> list[str]:
     pieces = [f"Sizes: {'; '.join(dict.fromkeys(row.origin for row in rows))}."]
     pieces += [f"Compared with: {'; '.join(references)}."] if references else []
     pieces += [NOTES[op]] if op in NOTES else []
+    pieces += [PUBLISHED_NOTE] if any(row.case.startswith(SHALLOW) for row in rows) else []
     if any(NONE in row.case for row in rows):
         pieces.append(NO_BOXES)
     pieces += _remarks(rows)
@@ -466,8 +496,20 @@ def _notes(op: str, rows: Sequence[Row]) -> list[str]:
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What the rows say that they should be read with; what is noisy says so in its cell."""
     notes = [(row.provider, note) for row in rows for note in (row.note or "").split("; ")]
-    notes = [(name, note) for name, note in notes if note and not note.startswith("noisy")]
-    return [f"`{name}`: {note}." for name, note in dict.fromkeys(notes)]
+    by_note = _grouped((note, name) for name, note in notes if note and not note.startswith("noisy"))
+    return [f"{_code(names)}: {note}." for note, names in by_note.items()]
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The second of each pair by the first, each once, in the order of their first appearance."""
+    groups: dict[str, list[str]] = {}
+    for key, value in dict.fromkeys(pairs):
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _not_timed(rows: Sequence[Row]) -> list[str]:
@@ -481,9 +523,23 @@ def _not_timed(rows: Sequence[Row]) -> list[str]:
     lines = ["Not timed:", ""]
     for (right, provider, reason), cases in sorted(reasons.items()):
         where = "; ".join(cases) if len(cases) <= 3 else f"{len(cases)} measurements"
-        reason = " ".join(reason.replace("|", "\\|").split())
-        lines.append(f"- {'' if right else '**wrong**: '}`{provider}`: {reason} ({where})")
+        lines.append(f"- {'' if right else '**wrong**: '}`{provider}`: {_plain(reason)} ({where})")
     return [*lines, ""]
+
+
+def _plain(reason: str) -> str:
+    """On one line, safe in a table."""
+    return " ".join(reason.replace("|", "\\|").split())
+
+
+def _never_timed(rows: Sequence[Row]) -> list[str]:
+    """One sentence on the providers that no row has timed, and why."""
+    timed = {row.provider for row in rows if row.milliseconds is not None}
+    untimed = [row for row in rows if row.provider not in timed and row.reason is not None]
+    reasons = _grouped((row.provider, _plain(row.reason or "")) for row in untimed)
+    by_reason = _grouped(("; ".join(texts), provider) for provider, texts in reasons.items())
+    listed = "; ".join(f"{_code(names)} ({reason})" for reason, names in by_reason.items())
+    return [f"In no row timed here: {listed}."] if listed else []
 
 
 # What the repository's README shows of the neck; of other ops their representatives.
@@ -518,45 +574,82 @@ def slug(kind: str) -> str:
 
 def _summary(place: Place, rows: Sequence[Row]) -> list[str]:
     comparisons = [one for one in compare(rows) if one.speed_up(one.baseline) is not None]
-    lines = [
-        f"{conditions(rows)} {_versions(place)}. Median time of the original composition, of plain RoIAlign "
-        "torchvision's, divided by this package's, both from one run; the same of peak memory above the inputs.",
-        "",
-    ]
     if any(one.first.launch == "graph" for one in comparisons):
         comparisons = [
             one for one in comparisons if one.first.launch == "graph" or not _has_graph(one, comparisons)
         ]
-    shown: dict[tuple[str, str, str], dict[str, Comparison]] = {}
-    chosen = [(one.first.op, one.first.case, one.first.dtype) for one in representatives(comparisons)]
-    for one in comparisons:
-        first = one.first
-        key = (first.op, first.case, first.dtype)
-        if key in chosen or (first.op == "neck" and first.case in README_CASES):
-            shown.setdefault(key, {})[first.mode] = one
-    cells = []
-    for op in _ops(rows):
-        for (name, case, dtype), by_mode in shown.items():
-            if name == op:
-                times = [by_mode.get(mode) for mode in ("forward", "both")]
-                against = [ratio(None if one is None else one.speed_up(one.baseline)) for one in times]
-                cells.append((f"`{op}`", case, dtype, *against, _times_less(times[0])))
     fast, small = "times as fast", "times less memory"
     header = ("op", "case", "dtype", f"forward, {fast}", f"forward + backward, {fast}", f"forward, {small}")
-    lines += [*table(header, cells, 3), ""]
+    shown = _summary_cells(comparisons)
+    return [
+        f"{conditions(rows)} {_versions(place)}. Median time of the original composition, of plain RoIAlign "
+        "torchvision's, divided by this package's, both from one run; the same of peak memory above the inputs. "
+        f"*noisy*: of one side p80 is more than {NOISY:g} times p20.",
+        "",
+        *table(header, shown, 3),
+        "",
+        _losses_in_short(comparisons),
+        "",
+        *(
+            f"- {note}"
+            for note in _summary_notes(rows, dict.fromkeys(cells[0].strip("`") for cells in shown))
+        ),
+        "",
+        f"Measuring all of it took about {_minutes(rows):.0f} minutes.",
+        "",
+    ]
+
+
+def _summary_cells(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """The table's lines: of the neck `README_CASES`, of each op its representative and its worst case."""
+    key = attrgetter("first.op", "first.case", "first.dtype")
+    worst: dict[tuple[str, str, str], str] = {}
+    for one, is_worst in representatives(comparisons):
+        worst[key(one)] = f" (worst: {_mode(one)})" if is_worst else ""
+    shown: dict[tuple[str, str, str], dict[str, Comparison]] = {}
+    for one in comparisons:
+        if key(one) in worst or (one.first.op == "neck" and one.first.case in README_CASES):
+            shown.setdefault(key(one), {})[one.first.mode] = one
+    cells = []
+    for op in _ops(one.first for one in comparisons):
+        for (name, case, dtype), by_mode in shown.items():
+            if name == op:
+                forward, both = by_mode.get("forward"), by_mode.get("both")
+                case += worst.get((name, case, dtype), "")
+                cells.append([f"`{op}`", case, dtype, _speed(forward), _speed(both), _times_less(forward)])
+    return cells
+
+
+def _speed(one: Comparison | None) -> str:
+    """Against the baseline and a best rival that is another, with what makes it less certain."""
+    if one is None:
+        return "-"
+    text = ratio(one.speed_up(one.baseline)) + _noise(one.ours, one.baseline)
+    if "," in _samples(one):
+        text += f" (n = {_samples(one)})"
+    if one.best_rival is not one.baseline:
+        text += f" (best rival: {ratio(one.speed_up(one.best_rival))}{_noise(one.ours, one.best_rival)})"
+    return text
+
+
+def _losses_in_short(comparisons: Sequence[Comparison]) -> str:
     lost = [loss for one in comparisons for loss in losses(one)]
     concerned = len({id(loss.comparison) for loss in lost})
-    lines.append(
+    return (
         f"Slower than something, or with more memory than the original, in {concerned} of {len(comparisons)} "
         f"comparisons: {'; '.join(_worst_losses(lost))}."
         if lost
         else f"Neither slower nor with more memory in any of {len(comparisons)} comparisons."
     )
-    lines.append("")
-    if remarks := _remarks(rows):
-        lines += [" ".join(remarks), ""]
-    lines += [f"Measuring all of it took about {_minutes(rows):.0f} minutes.", ""]
-    return lines
+
+
+def _summary_notes(rows: Sequence[Row], ops: Iterable[str]) -> list[str]:
+    """What one has to know to read the table of `ops`: what was not timed, what a time leaves out or holds."""
+    notes = _never_timed(rows)
+    origins = dict.fromkeys(row.origin for row in rows if row.case.startswith(SHALLOW))
+    notes += [f"{SHALLOW.capitalize()}: {'; '.join(origins)}. {PUBLISHED_NOTE}"] if origins else []
+    notes += [f"`{op}`: {NOTES[op]}" for op in ops if op in NOTES]
+    return notes + _remarks(rows)
 
 
 def _has_graph(one: Comparison, comparisons: Sequence[Comparison]) -> bool:
@@ -625,6 +718,20 @@ def write(folder: Path = RESULTS, predicted: str = PREDICTED) -> list[Path]:
     return written
 
 
+def merge(source: Path, folder: Path) -> None:
+    """Add the rows of one folder to those of another.
+
+    Raises:
+        ValueError: `source` has no rows, or a line is none.
+        RuntimeError: a run is writing into `folder`.
+    """
+    more = read_all(source)
+    if not more:
+        raise ValueError(f"--merge {source}: no rows there")
+    with locked(folder):
+        add(more, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -645,12 +752,13 @@ def main() -> None:
     options = parser.parse_args()
     if not options.results.is_dir():
         parser.error(f"--results {options.results}: no such folder")
-    if options.merge is not None:
-        more = read_all(options.merge)
-        if not more:
-            parser.error(f"--merge {options.merge}: no rows there")
-        add(more, options.results)
-    for path in write(options.results, options.device):
+    try:
+        if options.merge is not None:
+            merge(options.merge, options.results)
+        written = write(options.results, options.device)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    for path in written:
         print(path)
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no plots (pip install matplotlib)", file=sys.stderr)

@@ -18,6 +18,7 @@ from benchmarks.rows import Row
 
 ROOT = Path(report.__file__).parents[1]
 LATER = "2026-01-02T10:00:00+00:00"
+CALM = {"min": 9.0, "p20": 9.5, "median": 10.0, "p80": 10.5, "max": 11.0}
 
 with_plots = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib: draws plots"
@@ -108,12 +109,11 @@ def test_ratios_are_named_after_what_they_are_against():
 
 
 def test_times_that_spread_are_marked_with_their_number():
-    still = {"min": 9.0, "p20": 9.5, "median": 10.0, "p80": 10.5, "max": 11.0}
-    calm = [row("original", samples=7, milliseconds=still), row("torch", samples=7, milliseconds=still)]
+    calm = [row("original", samples=7, milliseconds=CALM), row("torch", samples=7, milliseconds=CALM)]
     text = report.markdown(calm)
     assert "noisy" not in column(text, "1 picture, 10 boxes", "p20 to p80")
     assert column(text, "1 picture, 10 boxes", "n") == "7"
-    disturbed = row("original", milliseconds=still | {"p80": 13.0})
+    disturbed = row("original", milliseconds=CALM | {"p80": 13.0})
     assert "*noisy*" in column(report.markdown([disturbed, calm[1]]), "1 picture, 10 boxes", "p20 to p80")
 
 
@@ -285,6 +285,21 @@ def test_rows_of_another_folder_are_merged_by_key(tmp_path):
     failed = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 2
     assert "no rows there" in failed.stderr
+    with rows.locked(here):
+        failed = subprocess.run([*command, str(there)], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr == f"{here}: another run is writing here; wait for it, or stop it\n"
+
+
+def test_a_broken_line_of_the_rows_is_one_line_of_the_report(tmp_path):
+    rows.add([row()], tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text() + '{"op": "ne')
+    command = [sys.executable, "-m", "benchmarks.report", "--results", str(tmp_path)]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"{path}:2 is no row of this format")
+    assert len(failed.stderr.splitlines()) == 1
 
 
 def test_an_ablation_is_shown_where_there_is_one(tmp_path, monkeypatch):
@@ -310,10 +325,68 @@ def test_the_repository_s_readme_agrees_with_its_rows():
     assert len(plots) >= 2
 
 
+def test_the_results_agree_with_their_rows():
+    """After new rows: python -m benchmarks.report."""
+    text = (rows.RESULTS / "README.md").read_text(encoding="utf-8")
+    plots = [line for line in text.splitlines() if line.startswith("![")]
+    assert len(plots) >= 2
+    for line in plots:
+        name = line.partition("](")[2].rstrip(")")
+        assert (rows.RESULTS / name).is_file()
+        if not name.startswith("ablation"):
+            text = text.replace(f"{line}\n\n", "")
+    ablation = [name for name in ("ablation.md", "ablation.png") if (rows.RESULTS / name).is_file()]
+    assert text == report.markdown(rows.read_all(), ablation=ablation)
+
+
+def test_the_readme_says_how_far_to_trust_a_ratio():
+    calm = row("original", 20.0, samples=2, milliseconds=CALM | {"median": 20.0})
+    ours = row(samples=3, milliseconds=CALM)
+    rival = row("another rival", 5.0, milliseconds=CALM | {"median": 5.0})
+
+    def speed(*measured: Row) -> str:
+        return cells(report.readme(measured), "`neck`")[3]
+
+    assert speed(dataclasses.replace(calm, samples=3), ours) == "2.00"
+    assert speed(calm, ours) == "2.00 (n = 3, original's 2)"
+    assert speed(dataclasses.replace(calm, samples=3), ours, rival) == "2.00 (best rival: **0.50, slower**)"
+    noisy = dataclasses.replace(ours, milliseconds=CALM | {"p80": 13.0})
+    assert speed(dataclasses.replace(calm, samples=3), noisy) == "2.00, *noisy*"
+    assert column(report.markdown([calm, ours]), "1 picture", "n") == "3, original's 2"
+
+
+def test_the_readme_names_who_was_never_timed_and_what_times_leave_out():
+    on_gpus = {"median": None, "reason": "compiled rivals run on a GPU"}
+    measured = [
+        row("original", 9.0),
+        row(),
+        row("original compiled", **on_gpus),
+        row("original max-autotune", **on_gpus),
+        # It was timed elsewhere: its reason is one of a case.
+        row("original", None, case="1 picture, 1,000 boxes", reason="too large"),
+        row("original", 9.0, op="generation", case="shallow model, 1 picture", origin="2 layers"),
+        row(op="generation", case="shallow model, 1 picture", origin="2 layers"),
+    ]
+    text = report.readme(measured)
+    never = "- In no row timed here: `original compiled`, `original max-autotune` (compiled rivals run on a GPU).\n"
+    assert never in text
+    assert "Shallow model: 2 layers. The published model has 24 ViT layers, 27 blocks" in text
+    assert "- `neck`: Backward computes the gradients of the neck's weights" in text
+    assert report.PUBLISHED_NOTE in report.markdown(measured)
+    deep = report.readme(measured[:2])
+    assert "In no row timed" not in deep
+    assert "hallow" not in deep
+
+
+def test_times_without_a_rival_show_their_own_spread():
+    text = report.markdown([row("mgllava", milliseconds=CALM | {"p80": 13.0})])
+    assert column(text, "1 picture", "p20 to p80") == "0.95 to 1.30 of its median, *noisy*"
+
+
 def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
     measured = [
-        row("original", 30.0, extra_bytes=10**9, note="on one thread"),
-        row("torch", 2.0, extra_bytes=10**8, commit="def"),
+        row("original", 30.0, extra_bytes=10**9, note="on one thread", milliseconds=CALM | {"median": 30.0}),
+        row("torch", 2.0, extra_bytes=10**8, commit="def", milliseconds=CALM | {"median": 2.0}),
         row("original", 40.0, mode="both"),
         row("torch", 10.0, mode="both"),
         row("torchvision", 1.0, op="roi_align", case="large", run="2026-01-01T10:04:00+00:00"),
@@ -322,8 +395,22 @@ def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
         row("torch", 2.0, op="conv_gate", case="1 picture", run=LATER),
     ]
     text = report.readme(measured, tmp_path)
-    assert cells(text, "`neck`") == ["`neck`", "1 picture, 10 boxes", "float32", "15.0", "4.00", "10.0"]
-    assert cells(text, "`roi_align`") == ["`roi_align`", "large", "float32", "**0.50, slower**", "-", "-"]
+    assert cells(text, "`neck`") == [
+        "`neck`",
+        "1 picture, 10 boxes",
+        "float32",
+        "15.0",
+        "4.00, *noisy*",
+        "10.0",
+    ]
+    assert cells(text, "`roi_align`") == [
+        "`roi_align`",
+        "large",
+        "float32",
+        "**0.50, slower**, *noisy*",
+        "-",
+        "-",
+    ]
     lost = "in 1 of 3 comparisons: `roi_align` **0.50 times as fast** as `torchvision` (large, float32, forward)."
     assert lost in text
     assert "a CPU, 2 threads; commit abc, def; 2026-01-01 10:00" in text
@@ -335,7 +422,7 @@ def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
     (tmp_path / "speed_up.cpu.png").touch()
     assert "](benchmarks/results/speed_up.cpu.png)" in report.readme(measured, tmp_path)
     both = report.readme([*measured, gpu_row("original", 4.0), gpu_row()], tmp_path)
-    assert both.index("| bfloat16 | 4.00 |") < both.index("a CPU, 2 threads")
+    assert both.index("| bfloat16 | 4.00, *noisy* |") < both.index("a CPU, 2 threads")
     assert "No run on a GPU" not in both
 
 
@@ -461,8 +548,43 @@ def test_each_op_is_shown_at_its_worst_too():
         ("1 picture, 100 boxes", 9.0),
     ):
         measured += [row("original", original, case=case), row(case=case)]
-    shown = [one.first.case for one in report.representatives(compare(measured))]
-    assert shown == ["1 picture, 100 boxes", "1 picture, 10 boxes"]
+    shown = [(one.first.case, worst) for one, worst in report.representatives(compare(measured))]
+    assert shown == [("1 picture, 100 boxes", False), ("1 picture, 10 boxes", True)]
+    assert "| 1 picture, 10 boxes (worst: forward) |" in report.readme(measured)
+
+
+@with_plots
+def test_losses_are_bold_and_left_of_the_axis_as_in_the_tables():
+    from benchmarks import plots
+
+    measured = []
+    times = {"neck": 2.0, "pooled_roi_align": 0.997, "conv_gate": 0.99, "projectors": 0.5}
+    for op, original in times.items():
+        measured += [row("original", original, op=op), row(op=op)]
+    measured += [row("original", 2.0, op="preprocessing"), row(op="preprocessing")]
+    measured.append(row("another rival", 0.62, op="preprocessing"))
+    (place,) = places(measured)
+    labels = plots.speed_ups(compare(measured), place).axes[0].texts
+    found = [(text.get_text(), text.get_fontweight(), text.get_ha()) for text in labels]
+    win, loss = ("normal", "left"), ("bold", "right")
+    assert found == [
+        *(("2.00×", *win), ("1.00×", *win), ("0.99×", *loss), ("0.50×", *loss)),
+        *(("2.00×", *win), ("0.62×", *loss)),
+    ]
+
+
+@with_plots
+def test_a_line_that_ends_early_is_named_there_and_the_reason_stands_below():
+    from benchmarks import plots
+
+    measured = [one for one in grown() if one.kind == "cpu"]
+    (place,) = places(measured)
+    for draw in (plots.cost, plots.memory):
+        figure = draw(compare(measured), place, "boxes")
+        names = {text.get_text(): text for text in figure.axes[0].texts}
+        assert set(names) == {"original", "this package"}
+        assert names["original"].xy[0] == 100
+        assert figure.get_supxlabel() == "neck: no original at 1,000: too large"
 
 
 @with_plots

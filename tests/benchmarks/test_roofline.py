@@ -120,10 +120,32 @@ def test_a_prediction_says_that_it_is_one():
     assert [cell.strip() for cell in line.split("│")[3:7]] == ["26.0", "0.32", "5.4", "bytes"]
 
 
-def test_ceilings_are_measured():
+@pytest.mark.parametrize(("seconds", "bandwidth"), [((0.5, 0.5), 2**30), ((0.5, 0.125), 2**31)])
+def test_ceilings_count_what_a_copy_a_sum_and_a_matmul_do(seconds, bandwidth, monkeypatch):
+    """A copy of 2^28 bytes reads and writes them, a sum reads them; a matmul of 2,048 is 2^34 FLOPs."""
+    times, results = iter([*seconds, 0.25]), []
+
+    def timed(call, device):
+        results.append(call())
+        return next(times)
+
+    monkeypatch.setattr(roofline, "_best_seconds", timed)
     ceilings = roofline.measure_ceilings(torch.device("cpu"), [torch.float32], "here")
-    assert 1e8 < ceilings.bandwidth < 1e13
-    assert 1e9 < ceilings.matmul["float32"] < 1e14
+    assert ceilings.bandwidth == bandwidth
+    assert ceilings.matmul == {"float32": 2**36}
+    copied, summed, product = results
+    assert copied.nbytes == 2**28
+    assert summed.shape == ()
+    assert product.shape == (2048, 2048)
+
+
+def test_a_ceiling_is_of_the_shortest_call(monkeypatch):
+    lengths = [3.0, *([2.0] * (roofline.REPEATS - 1))]
+    clock = iter([moment for length in lengths for moment in (0.0, length)])
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(clock))
+    calls = []
+    assert roofline._best_seconds(lambda: calls.append(None), torch.device("cpu")) == 2.0
+    assert len(calls) == 1 + roofline.REPEATS  # the first, which warms up, is not timed
 
 
 def test_ceilings_that_change_are_told():
