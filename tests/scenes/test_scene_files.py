@@ -180,7 +180,7 @@ def test_bad_arguments_write_nothing(tmp_path):
     for arguments in (
         {"split": "holdout"},
         {"num_scenes": 0},
-        {"turns": 99},
+        {"turns": 0},
         {"families": ["objects"]},
         {"high_res_size": 0},
     ):
