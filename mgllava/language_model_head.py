@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
+from .cache_name import CACHE_NAME
+
 logger = logging.get_logger(__name__)
 
 
@@ -15,15 +17,15 @@ def language_model_head(text_config: PreTrainedConfig) -> nn.Linear:
     """An output layer of the shape of the causal language model's own: with a bias where that has one.
 
     Raises:
-        ValueError: if that model does something to its logits which `scale_logits` does not do as well, or keeps no
-            `past_key_values`.
+        ValueError: if that model does something to its logits which `scale_logits` does not do as well, or takes no
+            cache of keys and values.
     """
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(text_config)
-    if "past_key_values" not in inspect.signature(causal.base_model.forward).parameters:
+    if CACHE_NAME not in inspect.signature(causal.base_model.forward).parameters:
         raise ValueError(
-            f"language models of type {text_config.model_type!r} take no past_key_values (pure state-space models "
-            "do not); MG-LLaVA cannot generate with them"
+            f"language models of type {text_config.model_type!r} take no {CACHE_NAME} (before transformers 5.24 pure "
+            "state-space models do not); MG-LLaVA cannot generate with them"
         )
     bias = getattr(causal.get_output_embeddings(), "bias", None) is not None
     check_scaling(causal)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from mgllava_kernels import ConvGateFusion, Projector, pooled_roi_align, project_groups, vision_neck
 
+from .cache_name import CACHE_NAME
 from .configuration_mgllava import MGLlavaConfig
 from .high_res_tower import MGLlavaHighResTower
 from .language_model_head import language_model_head, scale_logits
@@ -73,7 +74,7 @@ class MGLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MGLlavaCausalLMOutputWithPast(ModelOutput):
+class MGLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of `MGLlavaForConditionalGeneration`.
 
     Attributes:
@@ -82,11 +83,6 @@ class MGLlavaCausalLMOutputWithPast(ModelOutput):
         image_hidden_states: (images, N + K_max, T), the projected image and object tokens.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -97,7 +93,7 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The fused ops read weights straight from these modules, so a device map must not cut through them.
     _no_split_modules = ("MGLlavaHighResTower", "ConvGateFusion", "Projector")
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -371,10 +367,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         return merged, tokens
 
     def _check_no_placeholders(
-        self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
     ) -> None:
         if attention_mask is None:
-            first_pass = past_key_values is None
+            first_pass = cache is None
         else:
             first_pass = isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape
         # Later passes may see placeholders as text: prompt-lookup decoding proposes pieces of the prompt.
@@ -423,12 +419,14 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        cache: Cache | None = None,
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MGLlavaModelOutputWithPast:
         """Hidden states of the language model; arguments as in `MGLlavaForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        cache = past_key_values if cache is None else cache
         encoded = mm_encoder_outputs or {}
         features = encoded.get("image")
         if features is None and "towers" in encoded:
@@ -452,7 +450,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         if features is not None:
             inputs_embeds, tokens = self.merge_image_features(input_ids, inputs_embeds, features)
         elif input_ids is not None:
-            self._check_no_placeholders(input_ids, attention_mask, past_key_values)
+            self._check_no_placeholders(input_ids, attention_mask, cache)
         if zero is not None:
             inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
 
@@ -460,12 +458,12 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return MGLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=tokens,
@@ -536,6 +534,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        cache: Cache | None = None,
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MGLlavaCausalLMOutputWithPast:
@@ -553,6 +552,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many positions only (0: all), or for given indices.
             mm_encoder_outputs: in place of the pictures `{"image": features}` from `get_image_features`, or
                 `{"towers": features}` from `MGLlavaModel.encode_towers`.
+            past_key_values, cache: keys and values of what was read before, under transformers' older or newer name.
             mm_token_type_ids: accepted for serving engines; the placeholders' ids already say what it says.
 
         Raises:
@@ -567,6 +567,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -591,7 +592,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         return MGLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -614,17 +615,19 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        cache = past_key_values if cache is None else cache
         # Cached decode steps hold the pictures in their keys and values; without a cache every step needs the
         # features again, but never the towers.
-        if not is_first_iteration and kwargs.get("use_cache", True) and not _is_empty(past_key_values):
+        if not is_first_iteration and kwargs.get("use_cache", True) and not _is_empty(cache):
             for name in (*PICTURE_INPUTS, "mm_encoder_outputs"):
                 kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
