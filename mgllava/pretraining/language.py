@@ -1,5 +1,7 @@
 """A language model from nothing, on scenes given as symbols in the place of image and object tokens."""
 
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,42 +18,44 @@ from ..objects.boxes import detections_to_boxes
 from ..scenes import (
     CANVAS,
     CAPTION_FAMILIES,
-    FAMILIES,
     Scene,
     Thing,
     Turn,
     ask,
     caption,
     detect,
+    list_things,
     sample_scene,
     things_of_boxes,
 )
-from ..training.encode import Encoder
+from ..training.encode import EncodedText, Encoder
 from ..training.records import IMAGE_TOKEN, Record
 from .symbols import SYMBOL_SIZE, SYMBOL_WORDS, symbols_of_boxes, symbols_of_cells
 
-__all__ = ["LanguagePretraining", "SymbolCollator", "SymbolicScenes"]
+__all__ = ["VIEWS", "LanguagePretraining", "SymbolCollator", "SymbolicScenes"]
 
 NOISE = 0.05  # standard deviation added to every symbol, so that tokens of real towers need not be exact
 # What of a scene is there: symbols of the grid's cells, of the boxes, or both.
-VIEWS = ("cells", "boxes", "both", "both")
+VIEWS = ("cells", "boxes", "both")
+TEXTS_KEPT = 65536  # of questions with their answers some ten thousand differ
 
 
 class SymbolicScenes(Dataset):
     """Scenes in the layout of the model's conversations, with symbols in the place of what a picture becomes.
 
     Every cell of the grid is the words of the things that have their centre in it, every box those of what it shows,
-    and both say where they are. One scene in four shows its cells alone, one its boxes alone.
+    and both say where they are. What is not in view has no tokens.
 
     Args:
         split: `train`, `validation` or `test`.
         num_scenes: how many.
-        encoder: of a processor with the final model's chat template and number of image tokens.
+        encoder: of a processor with the final model's number of image tokens. Its chat template must treat all turns
+            alike: they are encoded one by one, and what is asked again is not encoded again.
         turns: questions to a scene.
+        lists: requests of `mgllava.scenes.list_things` among them.
         first: number of the first scene.
         caption_share: share of the scenes that have a caption instead.
-        view: a name of `VIEWS` for all scenes; drawn for each by default.
-        families: of questions; None: questions and captions.
+        views: names of `VIEWS`; one is drawn for each scene.
     """
 
     def __init__(
@@ -60,19 +64,27 @@ class SymbolicScenes(Dataset):
         num_scenes: int,
         encoder: Encoder,
         turns: int,
+        lists: int = 0,
         first: int = 0,
         caption_share: float = 0.0,
-        view: str | None = None,
-        families: list[str] | None = None,
+        views: Sequence[str] = VIEWS,
     ) -> None:
         self.split = split
         self.num_scenes = num_scenes
         self.encoder = encoder
         self.turns = turns
+        self.lists = lists
         self.first = first
         self.caption_share = caption_share
-        self.view = view
-        self.families = families
+        self.views = tuple(views)
+        self._encode = lru_cache(TEXTS_KEPT)(self._encode_turn)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_encode"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        self._encode = lru_cache(TEXTS_KEPT)(self._encode_turn)
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -82,44 +94,47 @@ class SymbolicScenes(Dataset):
         detections = detect(scene)
         things = things_of_boxes(scene, detections)
         rng = Random(f"symbols {scene.id}")
-        view = self.view or rng.choice(VIEWS)
-        text = self.encoder.encode_text(self._record(scene, things, view, rng))
+        view = rng.choice(self.views)
+        cells = regions = np.zeros((0, SYMBOL_SIZE), np.float32)
         processor = self.encoder.processor
-        cells = symbols_of_cells(scene, int(processor.num_image_tokens**0.5))
-        boxes, _ = detections_to_boxes(
-            **detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=CANVAS
-        )
-        regions = symbols_of_boxes(things, boxes)
-        if view == "boxes":
-            cells = np.zeros_like(cells)
-        if view == "cells":
-            regions = np.zeros_like(regions)
+        if view != "boxes":
+            cells = symbols_of_cells(scene, int(processor.num_image_tokens**0.5))
+        if view != "cells":
+            boxes, _ = detections_to_boxes(
+                **detections.as_dict(), image_size=(CANVAS, CANVAS), high_res_size=CANVAS
+            )
+            regions = symbols_of_boxes(things, boxes)
         tokens = [processor.image_token_id] * len(cells) + [processor.object_token_id] * len(regions)
-        position = text.image_position
-        return {
-            "input_ids": [*text.input_ids[:position], *tokens, *text.input_ids[position + 1 :]],
-            "labels": [
-                *text.labels[:position],
-                *[IGNORE_INDEX] * len(tokens),
-                *text.labels[position + 1 :],
-            ],
-            "cells": cells,
-            "regions": regions,
-        }
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for turn in self._turns(scene, things, view, rng):
+            text = self._encode(turn.question, turn.answer, not input_ids)
+            position = text.image_position
+            if position is None:
+                input_ids += text.input_ids
+                labels += text.labels
+            else:
+                input_ids += [*text.input_ids[:position], *tokens, *text.input_ids[position + 1 :]]
+                labels += [
+                    *text.labels[:position],
+                    *[IGNORE_INDEX] * len(tokens),
+                    *text.labels[position + 1 :],
+                ]
+        return {"input_ids": input_ids, "labels": labels, "cells": cells, "regions": regions}
 
-    def _record(self, scene: Scene, things: list[Thing | None], view: str, rng: Random) -> Record:
-        turns: list[Turn]
-        if self.families is not None:
-            turns = ask(scene, self.turns, self.families)
-        elif rng.random() >= self.caption_share:
-            turns = ask(scene, self.turns, list(FAMILIES))
-        else:
+    def _encode_turn(self, question: str, answer: str, is_first: bool) -> EncodedText:
+        question = f"{IMAGE_TOKEN}\n{question}" if is_first else question
+        return self.encoder.encode_text(Record("", ((question, answer),), Path() if is_first else None))
+
+    def _turns(self, scene: Scene, things: list[Thing | None], view: str, rng: Random) -> list[Turn]:
+        if rng.random() < self.caption_share:
             # Which boxes there are cannot be told from cells.
-            family = "places" if view == "cells" else rng.choice(list(CAPTION_FAMILIES))
-            turns = [caption(scene, things, family)]
-        pairs = [(turn.question, turn.answer) for turn in turns]
-        pairs[0] = (f"{IMAGE_TOKEN}\n{pairs[0][0]}", pairs[0][1])
-        return Record(scene.id, tuple(pairs), Path(scene.id))
+            return [
+                caption(scene, things, "places" if view == "cells" else rng.choice(list(CAPTION_FAMILIES)))
+            ]
+        turns = [*list_things(scene, self.lists), *ask(scene, self.turns)]
+        rng.shuffle(turns)
+        return turns
 
 
 class SymbolCollator:

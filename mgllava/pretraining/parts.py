@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import timm
 from safetensors.torch import save_file
 from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -23,7 +24,11 @@ def write_vision_tower(tower: CLIPVisionModel, folder: Path) -> None:
 
 def write_high_res_tower(tower: MGLlavaHighResTower, folder: Path) -> None:
     """A ConvNeXt as open_clip saves it."""
-    tensors = {f"visual.trunk.{name}": value.contiguous() for name, value in tower.state_dict().items()}
+    published = timm.create_model(tower.config.architecture, pretrained=False).state_dict()
+    tensors = {  # the same matrices, as linear layers or as convolutions of one pixel
+        f"visual.trunk.{name}": value.reshape(published[name].shape).contiguous()
+        for name, value in tower.state_dict().items()
+    }
     vision = {"timm_model_name": tower.config.architecture, "image_size": tower.config.image_size}
     with replace_folder(folder) as scratch:
         save_file(tensors, scratch / "open_clip_model.safetensors", metadata={"format": "pt"})

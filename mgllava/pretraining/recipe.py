@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..training.recipe import RunSettings, check_value
+from .language import VIEWS
 
 __all__ = ["PretrainingRecipe"]
 
@@ -23,6 +24,9 @@ class PretrainingRecipe(RunSettings):
         architecture: timm's name of the ConvNeXt, the high-resolution tower.
         text: arguments of `LlamaConfig` (`part: language_model`).
         turns: questions to a scene (`part: language_model`).
+        lists: requests to name things among the questions (`part: language_model`).
+        views: what of a scene there are symbols of, `cells`, `boxes` or `both`, drawn for each scene
+            (`part: language_model`).
         caption_share: share of the scenes that have a caption instead (`part: language_model`).
         start: folder of a finished run of the same part and sizes, whose weights this one begins with; None: none.
         first: number of the first training scene.
@@ -34,6 +38,8 @@ class PretrainingRecipe(RunSettings):
     architecture: str
     text: dict[str, Any] = field(default_factory=dict)
     turns: int = 6
+    lists: int = 0
+    views: list[str] = field(default_factory=lambda: list(VIEWS))
     caption_share: float = 0.0
     start: str | None = None
     first: int = 0
@@ -43,6 +49,10 @@ class PretrainingRecipe(RunSettings):
         check_value("max_steps", self.max_steps, self.max_steps is not None, "a number of steps")
         check_value("first", self.first, self.first >= 0, "at least 0")
         check_value("turns", self.turns, self.turns >= 1, "at least 1")
+        check_value("lists", self.lists, 0 <= self.lists <= 18, "0 to 18")
+        check_value(
+            "views", self.views, self.views and set(self.views) <= set(VIEWS), f"some of {', '.join(VIEWS)}"
+        )
         check_value("caption_share", self.caption_share, 0 <= self.caption_share <= 1, "a share, 0 to 1")
         check_value(
             "text",

@@ -22,7 +22,7 @@ from ..files import replace_file
 from ..image_processing_mgllava import MGLlavaImageProcessor
 from ..modeling_mgllava import IGNORE_INDEX
 from ..processing_mgllava import MGLlavaProcessor
-from ..scenes import FAMILIES, WORDS
+from ..scenes import WORDS
 from ..training.arguments import training_arguments
 from ..training.encode import Encoder
 from ..training.errors import RecipeError
@@ -80,6 +80,7 @@ def pretrain(recipe: PretrainingRecipe) -> Path:
         keep_checkpoints=recipe.keep_checkpoints,
         saves_model=True,
         saves_neck=False,
+        muon_learning_rate=recipe.muon_learning_rate,
     )
     last = get_last_checkpoint(output)
     if last is not None:
@@ -113,6 +114,8 @@ class _Towers:
             stage_widths=[stage["num_chs"] for stage in stages],
             stride=stride,
             image_size=stride * self.grid,
+            # timm's small ones have convolutions of one pixel, which are slower on a CPU and no matrices to Muon.
+            model_kwargs={"conv_mlp": False},
         )
         self.image_processor = MGLlavaImageProcessor(high_res.image_size, vision.image_size)
         self.model = TowerPretraining(vision, high_res)
@@ -139,8 +142,7 @@ class _Towers:
 class _LanguageModel:
     def __init__(self, recipe: PretrainingRecipe) -> None:
         vision = _config(CLIPVisionConfig, recipe.vision, "vision")
-        self.turns = recipe.turns
-        self.caption_share = recipe.caption_share
+        self.recipe = recipe
         self.tokenizer = build_tokenizer(WORDS)
         config = _config(
             LlamaConfig,
@@ -161,15 +163,25 @@ class _LanguageModel:
         self.collate = SymbolCollator(self.tokenizer.pad_token_id)
 
     def samples(self, split: str, count: int, first: int) -> Dataset:
-        if split == "train":
-            return SymbolicScenes(split, count, self.encoder, self.turns, first, self.caption_share)
-        return SymbolicScenes(split, count, self.encoder, 1, first, view="both", families=list(FAMILIES))
+        recipe = self.recipe
+        if split != "train":
+            return SymbolicScenes(split, count, self.encoder, turns=1, first=first, views=recipe.views)
+        return SymbolicScenes(
+            split,
+            count,
+            self.encoder,
+            turns=recipe.turns,
+            lists=recipe.lists,
+            first=first,
+            caption_share=recipe.caption_share,
+            views=recipe.views,
+        )
 
     def write(self, output: Path) -> None:
         write_language_model(self.model.language_model, self.tokenizer, output / "language_model")
 
     def measure(self, loader: DataLoader) -> dict[str, Any]:
-        """The share of questions answered exactly, one to a scene, with all symbols in view."""
+        """The share of questions answered exactly, one to a scene, with the views of training."""
         right = total = 0
         for batch, logits in _predictions(self.model, loader):
             labels = batch["labels"][:, 1:]

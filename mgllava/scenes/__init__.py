@@ -16,6 +16,7 @@ from .dataset import SceneDataset
 from .detections import Detections, detect, things_of_boxes
 from .digits import SPLITS
 from .files import write_split
+from .lists import LIST_FAMILIES, list_things
 from .objects import CANVAS, COLOURS, KINDS, PLACES, SHAPES
 from .questions import CHANCE, FAMILIES, Turn, ask
 from .render import render
@@ -29,6 +30,7 @@ __all__ = [
     "COLOURS",
     "FAMILIES",
     "KINDS",
+    "LIST_FAMILIES",
     "PLACES",
     "SHAPES",
     "SPLITS",
@@ -42,6 +44,7 @@ __all__ = [
     "caption",
     "describe",
     "detect",
+    "list_things",
     "render",
     "sample_scene",
     "split_words",

@@ -98,6 +98,7 @@ class RunSettings:
         global_batch: samples of one step of the optimiser, over all processes.
         per_device_batch: samples a process takes at once; gradients of several make up the global batch.
         learning_rate: after warming up.
+        muon_learning_rate: of the weights of linear layers, which Muon then teaches; None: AdamW teaches all.
         max_steps: steps of the optimiser.
         schedule: of the learning rate, after warming up.
         warmup_share: share of all steps in which the learning rate rises to its value.
@@ -114,6 +115,7 @@ class RunSettings:
     global_batch: int
     per_device_batch: int
     learning_rate: float
+    muon_learning_rate: float | None = None
     max_steps: int | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_share: float = 0.03
@@ -132,6 +134,12 @@ class RunSettings:
         check_value("workers", self.workers, self.workers >= 0, "at least 0")
         check_value(
             "learning_rate", self.learning_rate, 0 < self.learning_rate < 1, "a number between 0 and 1"
+        )
+        check_value(
+            "muon_learning_rate",
+            self.muon_learning_rate,
+            self.muon_learning_rate is None or 0 < self.muon_learning_rate < 1,
+            "a number between 0 and 1",
         )
         check_value(
             "warmup_share", self.warmup_share, 0 <= self.warmup_share < 1, "a share, 0 or more and below 1"

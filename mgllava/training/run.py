@@ -121,6 +121,7 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
         keep_checkpoints=recipe.keep_checkpoints,
         saves_model=recipe.stage == 2,
         saves_neck=recipe.stage == 1 or recipe.lora is not None,
+        muon_learning_rate=recipe.muon_learning_rate,
     )
     _reduce_in_float32(trainer)
     if recipe.features is not None:

@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .errors import UNWRITABLE, CheckpointError
+from .errors import UNWRITABLE, CheckpointError, RecipeError
+from .muon import MuonWithAdamW
 from .neck import NECK_FILE, load_neck, save_neck
 from .sampling import TrainingOrder
 
@@ -31,6 +32,7 @@ class MGLlavaTrainer(Trainer):
         keep_checkpoints: how many checkpoints stay.
         saves_model: whether checkpoints hold the model as `save_pretrained` writes it (stage 2, or its adapters).
         saves_neck: whether they hold the neck in a file of its own (stage 1, adapters).
+        muon_learning_rate: of `MuonWithAdamW`; None: AdamW alone.
         kwargs: as for `transformers.Trainer`.
     """
 
@@ -41,6 +43,7 @@ class MGLlavaTrainer(Trainer):
         keep_checkpoints: int,
         saves_model: bool,
         saves_neck: bool,
+        muon_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -48,9 +51,21 @@ class MGLlavaTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.saves_model = saves_model
         self.saves_neck = saves_neck
+        self.muon_learning_rate = muon_learning_rate
+        if muon_learning_rate is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise RecipeError(
+                f"muon_learning_rate is {muon_learning_rate}; Muon needs whole matrices, which sharded models have not"
+            )
         self._is_saving = False
         self._clock = _Clock()
         self.add_callback(self._clock)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.muon_learning_rate is None:
+            return super().create_optimizer(*args, **kwargs)
+        if self.optimizer is None:
+            self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.muon_learning_rate)
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return self.order

@@ -8,6 +8,7 @@ from mgllava.scenes import (
     ask,
     caption,
     detect,
+    list_things,
     sample_scene,
     split_words,
     things_of_boxes,
@@ -22,7 +23,7 @@ def _texts():
             turns = ask(scene, len(FAMILIES)) + [
                 caption(scene, things, family) for family in CAPTION_FAMILIES
             ]
-            for turn in turns:
+            for turn in [*turns, *list_things(scene, 18)]:
                 yield turn.question
                 yield turn.answer
 

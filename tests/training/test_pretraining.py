@@ -2,6 +2,8 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mgllava.chat import load_model
+from mgllava.modeling_mgllava import IGNORE_INDEX
 from mgllava.pretraining import pretrain
 from mgllava.pretraining.attributes import (
     CELL_SIZE,
@@ -20,12 +23,16 @@ from mgllava.pretraining.attributes import (
     one_hot_places,
     position_of,
 )
+from mgllava.pretraining.language import VIEWS, SymbolicScenes
+from mgllava.pretraining.run import _processor
 from mgllava.pretraining.tokenizer import build_tokenizer
 from mgllava.scenes import CAPTION_FAMILIES, WORDS, ask, caption, detect, sample_scene, things_of_boxes
 from mgllava.scenes.evaluate import SHOWN, evaluate_answers
 from mgllava.training.assemble import assemble_model
+from mgllava.training.encode import Encoder
 from mgllava.training.errors import RecipeError
 from mgllava.training.recipe import Parts, load_recipe, recipe_from_dict
+from mgllava.training.records import Record
 from mgllava.training.run import train
 from mgllava.training.trainer import MGLlavaTrainer
 
@@ -58,6 +65,7 @@ def tiny(part, output, **changes):
         "global_batch": 4,
         "per_device_batch": 2,
         "learning_rate": 1e-3,
+        "muon_learning_rate": 2e-3,
         "precision": "float32",
         "workers": 0,
         "save_every": 2,
@@ -65,7 +73,7 @@ def tiny(part, output, **changes):
         "output": str(output),
     }
     if part == "language_model":
-        values["text"] = TEXT
+        values |= {"text": TEXT, "turns": 3, "lists": 2, "caption_share": 0.3}
     return recipe_from_dict(values | changes)
 
 
@@ -131,6 +139,41 @@ def test_cells_hold_the_words_of_what_is_centred_there():
     for thing in scene.things:
         x, y = thing.centre
         assert labels[int(y / 32) * 8 + int(x / 32), one_hot_places(classes_of(thing))].all()
+
+
+def _symbolic(**options):
+    processor = _processor(build_tokenizer(WORDS), 16)
+    return SymbolicScenes("train", 40, Encoder(processor, 1024), turns=4, **options)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_turns_encoded_one_by_one_are_the_conversation(view):
+    scenes = _symbolic(views=[view], lists=3)
+    encoder = scenes.encoder
+    for index in range(5):
+        sample = scenes[index]
+        scene = sample_scene("train", index)
+        things = things_of_boxes(scene, detect(scene))
+        rng = Random(f"symbols {scene.id}")
+        rng.choice(scenes.views)
+        pairs = [(turn.question, turn.answer) for turn in scenes._turns(scene, things, view, rng)]
+        assert len(pairs) == 7
+        pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
+        text = encoder.encode_text(Record(scene.id, tuple(pairs), Path(scene.id)))
+        is_picture = np.isin(
+            sample["input_ids"], (encoder.processor.image_token_id, encoder.processor.object_token_id)
+        )
+        assert np.array(sample["input_ids"])[~is_picture].tolist() == [
+            token for token in text.input_ids if token != encoder.processor.image_token_id
+        ]
+        assert [label for label in sample["labels"] if label != IGNORE_INDEX] == [
+            label for label in text.labels if label != IGNORE_INDEX
+        ]
+        assert is_picture.sum() == len(sample["cells"]) + len(sample["regions"])
+        assert (len(sample["cells"]), len(sample["regions"])) == (
+            16 if view != "boxes" else 0,
+            len(things) if view != "cells" else 0,
+        )
 
 
 def test_parts_make_a_model_that_stage_1_and_2_train(parts, tmp_path):
@@ -210,6 +253,13 @@ def test_an_interrupted_run_goes_on_exactly(parts, part, tmp_path, monkeypatch):
         ("towers", {"max_steps": None}, "max_steps is None"),
         ("language_model", {"text": {}}, "arguments of LlamaConfig"),
         ("language_model", {"turns": 0}, "turns is 0"),
+        ("language_model", {"lists": 19}, "lists is 19"),
+        (
+            "language_model",
+            {"views": ["boxes", "sounds"]},
+            "views is .*sounds.*expected some of cells, boxes, both",
+        ),
+        ("towers", {"muon_learning_rate": 0.0}, "muon_learning_rate is 0.0"),
         ("towers", {"first": -1}, "first is -1"),
     ],
 )
