@@ -14,8 +14,8 @@ def _expected(scene, turn):
         assert colour in COLOURS
         return [thing.kind for thing in shapes if thing.colour == colour]
     if turn.family == "list_kind":
-        kind = turn.question.removeprefix("read the colour of each ").removesuffix(" from left to right.")
-        assert kind in SHAPES
+        plural = turn.question.removeprefix("read the colour of the ").removesuffix(" from left to right.")
+        kind = next(kind for kind in SHAPES if plural in (f"{kind}s", f"{kind}es"))
         return [thing.colour for thing in shapes if thing.kind == kind]
     place = turn.question.removeprefix("name what is at the ").removesuffix(".")
     assert place in PLACES
