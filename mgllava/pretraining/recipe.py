@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..scenes.lists import MOST_LISTS
 from ..training.recipe import RunSettings, check_value
 from .language import VIEWS
 
@@ -49,7 +50,7 @@ class PretrainingRecipe(RunSettings):
         check_value("max_steps", self.max_steps, self.max_steps is not None, "a number of steps")
         check_value("first", self.first, self.first >= 0, "at least 0")
         check_value("turns", self.turns, self.turns >= 1, "at least 1")
-        check_value("lists", self.lists, 0 <= self.lists <= 18, "0 to 18")
+        check_value("lists", self.lists, 0 <= self.lists <= MOST_LISTS, f"0 to {MOST_LISTS}")
         check_value(
             "views", self.views, self.views and set(self.views) <= set(VIEWS), f"some of {', '.join(VIEWS)}"
         )

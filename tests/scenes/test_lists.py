@@ -3,6 +3,7 @@
 import pytest
 
 from mgllava.scenes import COLOURS, LIST_FAMILIES, PLACES, SHAPES, describe, list_things, sample_scene
+from mgllava.scenes.lists import MOST_LISTS
 
 
 def _expected(scene, turn):
@@ -17,6 +18,8 @@ def _expected(scene, turn):
         plural = turn.question.removeprefix("read the colour of the ").removesuffix(" from left to right.")
         kind = next(kind for kind in SHAPES if plural in (f"{kind}s", f"{kind}es"))
         return [thing.colour for thing in shapes if thing.kind == kind]
+    if turn.family == "list_frames":
+        return [describe(thing) for thing in things if thing.frame]
     place = turn.question.removeprefix("name what is at the ").removesuffix(".")
     assert place in PLACES
     return [describe(thing) for thing in things if thing.place == place]
@@ -28,6 +31,7 @@ def test_lists_name_all_that_is_asked_for_from_left_to_right():
         scene = sample_scene("train", index)
         turns = list_things(scene, 6)
         assert len({turn.question for turn in turns}) == 6
+        assert {turn.family for turn in turns[:4]} == set(LIST_FAMILIES)
         for turn in turns:
             families.add(turn.family)
             names = _expected(scene, turn)
@@ -43,9 +47,10 @@ def test_the_same_arguments_give_the_same_lists_and_seeds_others():
     assert list_things(scene, 5, seed=3) == list_things(scene, 5, seed=3)
     assert list_things(scene, 5, seed=3) != list_things(scene, 5, seed=4)
     assert list_things(scene, 0) == []
+    assert len({turn.question for turn in list_things(scene, MOST_LISTS)}) == MOST_LISTS
 
 
-@pytest.mark.parametrize("count", [-1, 19])
+@pytest.mark.parametrize("count", [-1, 25])
 def test_no_more_lists_than_there_are_names(count):
-    with pytest.raises(ValueError, match=f"count is {count}; expected 0 to 18"):
+    with pytest.raises(ValueError, match=f"count is {count}; expected 0 to 24"):
         list_things(sample_scene("train", 0), count)

@@ -13,6 +13,7 @@ from mgllava.scenes import (
     split_words,
     things_of_boxes,
 )
+from mgllava.scenes.lists import MOST_LISTS
 
 
 def _texts():
@@ -23,7 +24,7 @@ def _texts():
             turns = ask(scene, len(FAMILIES)) + [
                 caption(scene, things, family) for family in CAPTION_FAMILIES
             ]
-            for turn in [*turns, *list_things(scene, 18)]:
+            for turn in [*turns, *list_things(scene, MOST_LISTS)]:
                 yield turn.question
                 yield turn.answer
 

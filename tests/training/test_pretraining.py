@@ -253,7 +253,7 @@ def test_an_interrupted_run_goes_on_exactly(parts, part, tmp_path, monkeypatch):
         ("towers", {"max_steps": None}, "max_steps is None"),
         ("language_model", {"text": {}}, "arguments of LlamaConfig"),
         ("language_model", {"turns": 0}, "turns is 0"),
-        ("language_model", {"lists": 19}, "lists is 19"),
+        ("language_model", {"lists": 25}, "lists is 25"),
         (
             "language_model",
             {"views": ["boxes", "sounds"]},
