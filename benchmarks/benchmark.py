@@ -20,22 +20,20 @@ ExtraBytes = Callable[[Sizes, torch.dtype, str], int]
 NOT_CONVERTED = ("boxes",)
 NOT_DIFFERENTIATED = ("boxes", "pixel_values", "pixel_values_high_res")
 
-# What decides a row's times: the code behind ops, and that behind whole models. What only reads rows is left out.
-NOT_MEASURING = (
-    "report",
-    "plots",
-    "comparison",
-    "acceptance",
-    "gpu_suite",
-    "shards",
-    "shard_plugin",
-    "ablation",
-)
-OPS_CODE = (
-    *("mgllava_kernels", "benchmarks", ":!benchmarks/results", ":!*.md"),
-    *(f":!benchmarks/{name}.py" for name in NOT_MEASURING),
-)
-MODELS_CODE = ("mgllava", *OPS_CODE)
+# What decides the numbers of any row: how providers are called, checked, timed and counted, what they are given. What
+# only chooses cases or shows rows is left out: a word in it would make every measured row old.
+MEASURING = ("benchmark", "boxes", "check", "literal", "memory", "original", "roofline", "timing")
+
+
+def code_of(*files: str, model: bool = False) -> tuple[str, ...]:
+    """As git's pathspecs, the code that decides the times of a benchmark.
+
+    Args:
+        files: modules of `benchmarks` beside MEASURING: the benchmark's own and those that it borrows from.
+        model: it runs the model, too.
+    """
+    packages = ("mgllava", "mgllava_kernels") if model else ("mgllava_kernels",)
+    return (*packages, ":!*.md", *(f"benchmarks/{name}.py" for name in (*MEASURING, *files)))
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ class Benchmark:
         output_shapes: of the results.
         providers: the baseline first.
         function: this package's public function on the inputs, on whatever backend is active.
+        code: as git's pathspecs, the files that another version of makes measured rows old.
         cost: bytes and FLOPs of a case in a mode.
         dtypes: names of the dtypes measured by default on a GPU; on a CPU it is float32.
         reference: what the results are compared with, if not `function` on the `reference` path.
@@ -110,7 +109,6 @@ class Benchmark:
         graph: a CUDA graph can hold a call: nothing in it waits for the device.
         on_cpu: it is work of the CPU, measured there whatever the other benchmarks run on.
         frozen: inputs that get no gradient, beside those that never do.
-        code: as git's pathspecs, the files that another version of makes measured rows old.
     """
 
     name: str
@@ -120,6 +118,7 @@ class Benchmark:
     output_shapes: Callable[[Sizes], list[tuple[int, ...]]]
     providers: tuple[Provider, ...]
     function: Function
+    code: tuple[str, ...]
     cost: Callable[[Sizes, torch.dtype, str], Cost] | None = None
     dtypes: tuple[str, ...] = ("bfloat16",)
     reference: Function | None = None
@@ -129,7 +128,6 @@ class Benchmark:
     graph: bool = True
     on_cpu: bool = False
     frozen: tuple[str, ...] = ()
-    code: tuple[str, ...] = OPS_CODE
 
 
 @dataclass(frozen=True)

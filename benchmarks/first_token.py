@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Inputs, Provider, package_providers
+from benchmarks.benchmark import Benchmark, Function, Inputs, Provider, code_of, package_providers
 from benchmarks.models import encoded, make_model, original_flow, picture_inputs, prompt, reference_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import FIRST_TOKEN, TINY_MODEL, Sizes, model_width, tokens_of
@@ -60,8 +60,17 @@ BENCHMARK = Benchmark(
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of(
+        "first_token",
+        "models",
+        "neck",
+        "conv_gate",
+        "original_repository",
+        "pooled_roi_align",
+        "projectors",
+        model=True,
+    ),
     reference=partial(_composed, reference_flow),
     in_float64=False,
     graph=False,  # transformers waits for the device
-    code=MODELS_CODE,
 )

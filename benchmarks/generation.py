@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Provider, package_providers
+from benchmarks.benchmark import Benchmark, Function, Provider, code_of, package_providers
 from benchmarks.first_token import logits_shape, make_inputs
 from benchmarks.models import encoded, original_flow, reference_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
@@ -56,9 +56,19 @@ BENCHMARK = Benchmark(
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of(
+        "generation",
+        "first_token",
+        "models",
+        "neck",
+        "conv_gate",
+        "original_repository",
+        "pooled_roi_align",
+        "projectors",
+        model=True,
+    ),
     reference=partial(_composed, reference_flow),
     in_float64=False,
     graph=False,  # transformers waits for the device
-    code=MODELS_CODE,
     rate=("tokens_per_second", _tokens),
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import literal, original, roofline
-from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
+from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
 from benchmarks.conv_gate import low_res_tokens, make_fusion
 from benchmarks.pooled_roi_align import stages_and_boxes
 from benchmarks.projectors import make_projector
@@ -85,6 +85,7 @@ BENCHMARK = Benchmark(
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of("neck", "conv_gate", "original_repository", "pooled_roi_align", "projectors"),
     reference=reference,
     cost=roofline.neck,
     frozen=("low_res", "stages"),

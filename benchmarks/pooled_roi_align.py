@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import literal, original, roofline
-from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
+from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
 from benchmarks.boxes import picture_boxes
 from benchmarks.shapes import POOLED_ROI_ALIGN, TINY, Sizes, stage_shapes
 from mgllava_kernels import pooled_roi_align
@@ -59,6 +59,7 @@ BENCHMARK = Benchmark(
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of("pooled_roi_align"),
     reference=literal.pooled_roi_align,
     cost=roofline.pooled_roi_align,
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import original, roofline
-from benchmarks.benchmark import Benchmark, Inputs, Provider, package_providers
+from benchmarks.benchmark import Benchmark, Inputs, Provider, code_of, package_providers
 from benchmarks.boxes import region_boxes
 from benchmarks.shapes import ROI_ALIGN, TINY_REGIONS, Sizes
 from mgllava_kernels import roi_align
@@ -55,6 +55,7 @@ BENCHMARK = Benchmark(
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of("roi_align"),
     cost=roofline.roi_align,
     dtypes=("bfloat16", "float32"),
 )

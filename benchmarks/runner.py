@@ -105,13 +105,12 @@ def current_commit(code: tuple[str, ...]) -> str:
 
 def _hash_of(code: Sequence[str]) -> str:
     """Of the Python and JSON files that pathspecs choose."""
-    without = [ROOT / one.removeprefix(":!") for one in code if one.startswith(":!")]
     digest = hashlib.sha256()
-    for folder in sorted(one for one in code if not one.startswith(":!")):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix not in (".py", ".json") or any(path.is_relative_to(one) for one in without):
-                continue
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    for name in sorted(one for one in code if not one.startswith(":!")):
+        chosen = ROOT / name
+        for path in sorted(chosen.rglob("*")) if chosen.is_dir() else [chosen]:
+            if path.suffix in (".py", ".json") and path.is_file():
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

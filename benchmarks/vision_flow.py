@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks import original
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Inputs, original_providers, package_providers
+from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
 from benchmarks.models import make_model, original_flow, package_flow, picture_inputs, reference_flow
 from benchmarks.shapes import TINY_MODEL, VISION_FLOW, Sizes, model_width, tokens_of
 
@@ -27,8 +27,17 @@ BENCHMARK = Benchmark(
         *package_providers(package_flow),
     ),
     function=package_flow,
+    code=code_of(
+        "vision_flow",
+        "models",
+        "neck",
+        "conv_gate",
+        "original_repository",
+        "pooled_roi_align",
+        "projectors",
+        model=True,
+    ),
     reference=reference_flow,
     in_float64=False,
     rate=("pictures_per_second", lambda sizes: sizes["images"]),
-    code=MODELS_CODE,
 )

@@ -1,7 +1,9 @@
 """The runner on a GPU that a fake stands for: rows of each launch, and what happens when something fails."""
 
+import ast
 import dataclasses
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -436,6 +438,27 @@ def test_times_count_as_measured_and_failures_do_not():
     assert settled(TORCH, row_of(TORCH, reason=runner.LOST + "AcceleratorError"))
 
 
+def imported(name: str) -> set[str]:
+    """Modules of `benchmarks` that a module imports, and what those import."""
+    tree = ast.parse((Path(runner.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    found = {name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks"):
+            own = node.module.removeprefix("benchmarks").removeprefix(".")
+            for one in [own] if own else [alias.name for alias in node.names]:
+                found |= imported(one)
+    return found
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_code_of_a_benchmark_is_all_that_it_imports(name):
+    """But `shapes`: another size is another case."""
+    own = {path.removeprefix("benchmarks/").removesuffix(".py") for path in BENCHMARKS[name].code}
+    assert imported(name) - {"shapes"} <= own
+    assert own & {"check", "memory", "timing"} == {"check", "memory", "timing"}
+    assert not own & {"__main__", "report", "registry", "gpu_suite"}
+
+
 def test_the_version_of_the_code_without_git(monkeypatch, tmp_path):
     for folder in ("mgllava", "mgllava_kernels", "benchmarks/results"):
         (tmp_path / folder).mkdir(parents=True)
@@ -448,9 +471,14 @@ def test_the_version_of_the_code_without_git(monkeypatch, tmp_path):
     monkeypatch.delenv("GIT_COMMIT")
     ops, models = version(OP.code), version(BENCHMARKS["generation"].code)
     assert ops.startswith("files-")
-    (tmp_path / "benchmarks/results/code.py").write_text("2")
-    (tmp_path / "benchmarks/report.py").write_text("2")
+    for name in ("results/code", "report", "__main__", "gpu_suite", "runner", "neck"):
+        (tmp_path / f"benchmarks/{name}.py").write_text("2")
     assert version(OP.code) == ops
+    for name in ("timing", "original", "pooled_roi_align"):
+        (tmp_path / f"benchmarks/{name}.py").write_text("2")
+        assert version(OP.code) != ops
+        ops = version(OP.code)
+    models = version(BENCHMARKS["generation"].code)
     # The model's code is no part of the ops'.
     (tmp_path / "mgllava/code.py").write_text("2")
     assert version(OP.code) == ops
