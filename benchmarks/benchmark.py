@@ -22,7 +22,7 @@ NOT_DIFFERENTIATED = ("boxes", "pixel_values", "pixel_values_high_res")
 
 # What decides the numbers of any row: how providers are called, checked, timed and counted, what they are given. What
 # only chooses cases or shows rows is left out: a word in it would make every measured row old.
-MEASURING = ("benchmark", "boxes", "check", "literal", "memory", "original", "roofline", "timing")
+MEASURING = ("benchmark", "boxes", "check", "literal", "memory", "original", "roofline", "threaded", "timing")
 
 
 def code_of(*files: str, model: bool = False) -> tuple[str, ...]:
@@ -47,6 +47,7 @@ class Provider:
         impossible: why it cannot compute these sizes anywhere, asked before it starts; None: it can.
         gpu_only: why it is measured on GPUs only, unless it is asked for by name; None if it is not.
         needs_gpu: it cannot be timed anywhere else.
+        cpu_only: why it is of use on a CPU only; None if it is not.
         modes: what it can compute.
         dtypes: names of those in which it computes the op; None: all.
         on_request: why it does not run now, asked at each run; None: it does.
@@ -60,6 +61,7 @@ class Provider:
     impossible: Callable[[Sizes], str | None] = lambda sizes: None
     gpu_only: str | None = None
     needs_gpu: bool = False
+    cpu_only: str | None = None
     modes: tuple[str, ...] = ("forward", "backward", "both")
     dtypes: tuple[str, ...] | None = None
     on_request: Callable[[], str | None] = lambda: None
@@ -79,7 +81,7 @@ class Provider:
             return f"computes the op in {' and '.join(self.dtypes)} only"
         reason = self.on_request()
         if reason is not None or device.type == "cuda":
-            return reason
+            return reason or self.cpu_only
         if self.needs_gpu:
             return "needs a GPU: times of Triton's interpreter say nothing"
         return None if by_name else self.gpu_only
@@ -238,6 +240,7 @@ def package_providers(function: Function) -> tuple[Provider, ...]:
 
 
 COMPILED_ON_GPUS = "compiled rivals run on a GPU, elsewhere when named with --provider"
+PARALLEL_ON_GPUS = "on a GPU torchvision's RoIAlign runs on all of it"
 
 
 def original_providers(
@@ -245,10 +248,13 @@ def original_providers(
     extra_bytes: ExtraBytes,
     impossible: Callable[[Sizes], str | None] = lambda sizes: None,
     cpu_note: str | None = None,
+    threaded: Function | None = None,
 ) -> tuple[Provider, ...]:
-    """The original composition as it is, and compiled."""
+    """The original composition as it is, compiled, and if it has a RoIAlign, with that on all threads of a CPU."""
+    parallel = [] if threaded is None else [all_threads("original", threaded, extra_bytes)]
     return (
         Provider("original", function, extra_bytes, impossible, cpu_note=cpu_note),
+        *parallel,
         *(
             Provider(
                 name, partial(_compiled, function, mode), extra_bytes, impossible, gpu_only=COMPILED_ON_GPUS
@@ -256,6 +262,11 @@ def original_providers(
             for name, mode in (("original compiled", "default"), ("original max-autotune", "max-autotune"))
         ),
     )
+
+
+def all_threads(name: str, function: Function, extra_bytes: ExtraBytes | None = None) -> Provider:
+    """A rival with `threaded.roi_align`, whose parts stay below what torchvision counts."""
+    return Provider(f"{name}, all threads", function, extra_bytes, cpu_only=PARALLEL_ON_GPUS)
 
 
 _compilations: dict[tuple[Function, str], Function] = {}

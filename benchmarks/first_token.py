@@ -7,8 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.benchmark import Benchmark, Function, Inputs, Provider, code_of, package_providers
-from benchmarks.models import encoded, make_model, original_flow, picture_inputs, prompt, reference_flow
+from benchmarks.benchmark import (
+    Benchmark,
+    Function,
+    Inputs,
+    Provider,
+    all_threads,
+    code_of,
+    package_providers,
+)
+from benchmarks.models import (
+    encoded,
+    make_model,
+    original_flow,
+    picture_inputs,
+    prompt,
+    reference_flow,
+    threaded_flow,
+)
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import FIRST_TOKEN, TINY_MODEL, Sizes, model_width, tokens_of
 
@@ -57,6 +73,7 @@ BENCHMARK = Benchmark(
         Provider(
             "original", partial(_composed, original_flow), extra_flow, too_many_bins, cpu_note=ONE_THREAD
         ),
+        all_threads("original", partial(_composed, threaded_flow), extra_flow),
         *package_providers(_package),
     ),
     function=_package,

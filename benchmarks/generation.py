@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.benchmark import Benchmark, Function, Provider, code_of, package_providers
+from benchmarks.benchmark import Benchmark, Function, Provider, all_threads, code_of, package_providers
 from benchmarks.first_token import logits_shape, make_inputs
-from benchmarks.models import encoded, original_flow, reference_flow
+from benchmarks.models import encoded, original_flow, reference_flow, threaded_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import GENERATION, TINY_MODEL, Sizes
 
@@ -53,6 +53,7 @@ BENCHMARK = Benchmark(
         Provider(
             "original", partial(_composed, original_flow), extra_flow, too_many_bins, cpu_note=ONE_THREAD
         ),
+        all_threads("original", partial(_composed, threaded_flow), extra_flow),
         *package_providers(_package),
     ),
     function=_package,

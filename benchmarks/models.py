@@ -4,12 +4,13 @@ transformers takes seconds to import, so only functions here import it: other be
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import neck, original
+from benchmarks import neck, original, threaded
 from benchmarks.benchmark import Inputs
 from benchmarks.boxes import picture_boxes
 from benchmarks.shapes import Sizes, model_width, stage_shapes, token_width, tokens_of
@@ -113,6 +114,14 @@ def original_flow(
 ) -> Sequence[Tensor]:
     """The vision flow with the original's neck: tokens (N + K, T) of each picture. The towers are the same."""
     return _flow(original.neck, model, pixel_values, pixel_values_high_res, boxes)
+
+
+def threaded_flow(
+    model: Any, pixel_values: Tensor, pixel_values_high_res: Tensor, boxes: Tensor
+) -> Sequence[Tensor]:
+    """The same with torchvision's RoIAlign on all threads of a CPU."""
+    align = partial(original.neck, align=threaded.roi_align)
+    return _flow(align, model, pixel_values, pixel_values_high_res, boxes)
 
 
 def reference_flow(

@@ -372,7 +372,7 @@ def _refused(found: Sequence[Curve]) -> str:
     for curve in found:
         for value, one in curve.points.items():
             for row in one.rows.values():
-                if row.provider in BASELINES and row.reason is not None:
+                if one.baseline is None and row.provider in BASELINES and row.reason is not None:
                     ops.setdefault(f"no {row.provider} at {value:,}: {row.reason}", []).append(curve.op)
     return "\n".join(f"{', '.join(names)}: {text}" for text, names in ops.items())
 

@@ -5,11 +5,12 @@ frozen there) and another model's may.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import literal, original, roofline
+from benchmarks import literal, original, roofline, threaded
 from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
 from benchmarks.boxes import picture_boxes
 from benchmarks.shapes import POOLED_ROI_ALIGN, TINY, Sizes, stage_shapes
@@ -55,6 +56,7 @@ BENCHMARK = Benchmark(
             original.extra_pooled_roi_align,
             original.too_many_bins,
             original.ONE_THREAD,
+            partial(original.pooled_roi_align, align=threaded.roi_align),
         ),
         *package_providers(_package),
     ),

@@ -36,9 +36,9 @@ TITLE = """# Benchmark results
 Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one JSON object a line); do not edit.
 
 - Every provider's results were compared with a reference before it was timed; each table names it. **× original** is
-  the original composition's time divided by this package's (of plain RoIAlign **× torchvision**), **× best rival** the
-  same for the fastest of everything else that ran, the original among them. Below 1.00 this package is slower, and
-  the cell says so.
+  the original composition's time divided by this package's (of plain RoIAlign **× torchvision**, of one thread and of
+  all threads the faster, which the cell names), **× best rival** the same for the fastest of everything else that ran,
+  the original among them. Below 1.00 this package is slower, and the cell says so.
 - Both times of a ratio come from one run, side by side. Medians of n calls or, in a CUDA graph, of n samples, and of
   how many of the original's where these are fewer. p20 to p80 says how far ratios spread, or this package's time around
   its median where there is no ratio; *noisy*, that of one side p80 is more than {noisy:g} times p20.
@@ -330,7 +330,14 @@ def _mode(comparison: Comparison) -> str:
 def _against_baseline(comparison: Comparison) -> str:
     """The ratio; where the baseline was not timed, a word that sends to the list below."""
     refused = comparison.baseline is None and any(name in comparison.rows for name in BASELINES)
-    return "not timed" if refused else ratio(comparison.speed_up(comparison.baseline))
+    text = ratio(comparison.speed_up(comparison.baseline)) + _chosen(comparison)
+    return "not timed" if refused else text
+
+
+def _chosen(comparison: Comparison) -> str:
+    """Which baseline a ratio is against, where two were timed."""
+    several = sum(comparison.timed(name) is not None for name in BASELINES) > 1
+    return f" ({comparison.baseline.provider})" if several else ""
 
 
 def _ours(comparison: Comparison, value: str) -> str:
@@ -583,7 +590,8 @@ def _summary(place: Place, rows: Sequence[Row]) -> list[str]:
     shown = _summary_cells(comparisons)
     return [
         f"{conditions(rows)} {_versions(place)}. Median time of the original composition, of plain RoIAlign "
-        "torchvision's, divided by this package's, both from one run; the same of peak memory above the inputs. "
+        "torchvision's faster one, divided by this package's, both from one run; the same of peak memory above the "
+        "inputs. "
         f"*noisy*: of one side p80 is more than {NOISY:g} times p20.",
         "",
         *table(header, shown, 3),
@@ -624,11 +632,12 @@ def _speed(one: Comparison | None) -> str:
     """Against the baseline and a best rival that is another, with what makes it less certain."""
     if one is None:
         return "-"
-    text = ratio(one.speed_up(one.baseline)) + _noise(one.ours, one.baseline)
+    text = ratio(one.speed_up(one.baseline)) + _chosen(one) + _noise(one.ours, one.baseline)
     if "," in _samples(one):
         text += f" (n = {_samples(one)})"
     if one.best_rival is not one.baseline:
-        text += f" (best rival: {ratio(one.speed_up(one.best_rival))}{_noise(one.ours, one.best_rival)})"
+        rival = f"{one.best_rival.provider}: {ratio(one.speed_up(one.best_rival))}"
+        text += f" (best rival, {rival}{_noise(one.ours, one.best_rival)})"
     return text
 
 

@@ -4,7 +4,14 @@ import torch
 
 from benchmarks import original
 from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
-from benchmarks.models import make_model, original_flow, package_flow, picture_inputs, reference_flow
+from benchmarks.models import (
+    make_model,
+    original_flow,
+    package_flow,
+    picture_inputs,
+    reference_flow,
+    threaded_flow,
+)
 from benchmarks.shapes import TINY_MODEL, VISION_FLOW, Sizes, model_width, tokens_of
 
 
@@ -23,7 +30,13 @@ BENCHMARK = Benchmark(
     inputs=_inputs,
     output_shapes=_output_shapes,
     providers=(
-        *original_providers(original_flow, original.extra_flow, original.too_many_bins, original.ONE_THREAD),
+        *original_providers(
+            original_flow,
+            original.extra_flow,
+            original.too_many_bins,
+            original.ONE_THREAD,
+            threaded_flow,
+        ),
         *package_providers(package_flow),
     ),
     function=package_flow,

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import check, literal, memory, original, original_repository, roofline, rows, runner
+from benchmarks import check, literal, memory, original, original_repository, roofline, rows, runner, threaded
 from benchmarks.benchmark import Provider, make_call, make_problem
 from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.shapes import ALL_MODES, Case
@@ -97,7 +98,8 @@ WITH_OBJECTS = (
 def test_the_original_is_not_started_beyond_what_torchvision_counts(name):
     """300 boxes give 2.7e9 elements: torchvision's RoIAlign overflows and ends the process."""
     published = {"images": 1, "canvas": 768}
-    for provider in [one.name for one in BENCHMARKS[name].providers if one.name.startswith("original")]:
+    whole = {"original", "original compiled", "original max-autotune"}
+    for provider in whole & {one.name for one in BENCHMARKS[name].providers}:
         impossible = provider_of(name, provider).impossible
         assert impossible(published | {"boxes": 237}) is None
         assert "2,147,483,647 elements" in impossible(published | {"boxes": 238})
@@ -245,6 +247,51 @@ def test_the_reference_in_pieces_is_the_composition_in_one(boxes, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("side", "ratio", "aligned"), [(7, 2, False), (5, -1, True)])
+@pytest.mark.parametrize("count", [0, 1, 21])
+def test_torchvision_on_all_threads_is_torchvision(side, ratio, aligned, count, monkeypatch):
+    """In parts of a few boxes and of a few channels, with boxes of any picture in any order."""
+    from torchvision.ops import roi_align
+
+    monkeypatch.setattr(threaded, "BOXES", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    maps = torch.randn(2, 8, 12, 10).requires_grad_()
+    index = torch.arange(count).remainder(2).unsqueeze(1)
+    boxes = torch.cat([index, torch.rand(count, 4).mul(20).cumsum(1)], dim=1)
+    options = (side, 0.25, ratio, aligned)
+    found, expected = threaded.roi_align(maps, boxes, *options), roi_align(maps, boxes, *options)
+    assert torch.equal(found, expected)
+    grad = torch.randn_like(expected)
+    (own,), (right,) = (torch.autograd.grad(one, maps, grad) for one in (found, expected))
+    torch.testing.assert_close(own, right, rtol=1e-6, atol=1e-6)
+    of_each = [boxes[boxes[:, 0] == picture, 1:] for picture in (0, 1)]
+    assert torch.equal(threaded.roi_align(maps, of_each, *options), roi_align(maps, of_each, *options))
+
+
+def test_a_rival_on_all_threads_uses_them_and_runs_on_a_cpu_only(monkeypatch):
+    import torchvision
+
+    threads, align = set(), torchvision.ops.roi_align
+    problem = make_problem(
+        BENCHMARKS["roi_align"], BENCHMARKS["roi_align"].tiny | {"boxes": 64}, torch.float32, CPU
+    )
+    waiting = threading.Barrier(2, timeout=60)
+
+    def watched(*arguments, **options):
+        if len(threads) < 2:
+            waiting.wait()  # nobody takes all the parts
+            threads.add(threading.get_ident())
+        return align(*arguments, **options)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torchvision.ops, "roi_align", watched)
+    provider = provider_of("roi_align", "torchvision, all threads")
+    make_call(provider.function, problem, "forward")()
+    assert len(threads) == 2
+    assert provider.obstacle(CPU, "float32", "forward", by_name=False) is None
+    assert "GPU" in provider.obstacle(torch.device("cuda"), "float32", "forward", by_name=True)
+
+
 PIECES_AND_WHOLE = (literal.pooled_roi_align, original.pooled_roi_align)
 
 
@@ -277,7 +324,7 @@ def test_a_run_times_what_is_right_and_says_why_the_rest_has_no_times(run):
     result, rows = run()
     assert result.exit_code == 0, result.output
     assert set(rows) == {one.name for one in BENCHMARKS["pooled_roi_align"].providers}
-    for name in ("original", "torch"):
+    for name in ("original", "original, all threads", "torch"):
         assert rows[name]["milliseconds"]["median"] > 0
         assert rows[name]["samples"] >= 3
         assert rows[name]["extra_bytes"] == 1000
@@ -388,10 +435,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run, monkeypatch):
 
 def test_a_provider_that_is_named_is_measured_beside_what_it_is_compared_with(run):
     run()
-    result, rows = run("--provider", "original compiled", "--fresh")
+    result, rows = run("--provider", "original compiled", "--provider", "original, all threads", "--fresh")
     assert result.exit_code == 0, result.output
     timed = {name for name, row in rows.items() if row["milliseconds"] is not None}
-    assert timed == {"original", "original compiled", "torch"}
+    assert timed == {"original", "original, all threads", "original compiled", "torch"}
     assert len({rows[name]["run"] for name in timed}) == 1
     result, _ = run()
     assert "0 measurements, about 0 min" in result.output
