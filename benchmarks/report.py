@@ -41,13 +41,14 @@ Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one
   the original among them. Below 1.00 this package is slower, and the cell says so.
 - Both times of a ratio come from one run, side by side. Medians of n calls or, in a CUDA graph, of n samples, and of
   how many of the original's where these are fewer. p20 to p80 says how far ratios spread, or this package's time around
-  its median where there is no ratio; *noisy*, that of one side p80 is more than {noisy:g} times p20.
+  its median where there is no ratio; *noisy*, that of one side p80 is more than {noisy:g} times p20. A loss is in bold
+  unless a side is noisy or has fewer than {few} times.
 - **of floor** is the least time that the device allows (bytes / bandwidth or FLOPs / matmul rate, both measured on it
   in the same run and named with each table) divided by this package's time.
 - **extra** is peak memory above the inputs.
 """
-# p80 / p20 of times that something else on the machine disturbed.
-NOISY = 1.3
+# p80 / p20 of times that something else on the machine disturbed; a ratio of fewer than so many times is not sure.
+NOISY, FEW = 1.3, 5
 # Extra memory, as a multiple of the baseline's, from which on the tables call it more.
 MORE = 1.05
 # What a time leaves out or holds, by benchmark.
@@ -81,12 +82,26 @@ SLOWER = 0.995
 PREDICTED = "H100"
 
 
-def ratio(value: float | None) -> str:
-    """A speed-up; one below 1 in words, too."""
+def ratio(value: float | None, sure: bool = True) -> str:
+    """A speed-up; one below 1 in words, too, and in bold if it is sure."""
     if value is None:
         return "-"
     text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-    return f"**{text}, slower**" if value < SLOWER else text
+    return _bold(f"{text}, slower", sure) if value < SLOWER else text
+
+
+def _bold(text: str, sure: bool = True) -> str:
+    return f"**{text}**" if sure else text
+
+
+def speed_up(one: Comparison, rival: Row | None) -> str:
+    """A cell: the ratio of a rival's time and this package's."""
+    return ratio(one.speed_up(rival), is_sure(one.ours, rival))
+
+
+def is_sure(*rows: Row | None) -> bool:
+    """Whether the times of all rows are calm and many enough for a ratio in bold."""
+    return not _is_noisy(*rows) and all(row is None or row.samples >= FEW for row in rows)
 
 
 def _percent(value: float | None) -> str:
@@ -121,7 +136,7 @@ def markdown(
         predicted: key of `roofline.VENDOR` for the prediction where there are no rows of a GPU.
         ablation: names of its files, a table and a plot, as far as there are any.
     """
-    lines = [TITLE.format(noisy=NOISY)]
+    lines = [TITLE.format(noisy=NOISY, few=FEW)]
     by_place = places(rows)
     no_gpu = all(place.kind == "cpu" for place in by_place)
     if no_gpu:
@@ -238,11 +253,13 @@ class Loss:
     against: str
     factor: float
     in_memory: bool = False
+    sure: bool = True
 
     def __str__(self) -> str:
         if self.in_memory:
             return f"**{_short(self.factor)} times the memory** of {self.against}"
-        return f"**{1 / self.factor:.2f} times as fast** as {self.against}"
+        text = _bold(f"{1 / self.factor:.2f} times as fast", self.sure)
+        return f"{text} as {self.against}{'' if self.sure else ' (noisy, or of few times)'}"
 
 
 def losses(one: Comparison) -> Iterator[Loss]:
@@ -251,10 +268,11 @@ def losses(one: Comparison) -> Iterator[Loss]:
         id(rival): rival for rival in (one.baseline, one.best_rival, torch_path(one)) if rival is not None
     }
     for rival in rivals.values():
-        speed_up = one.speed_up(rival)
-        if speed_up is not None and speed_up < SLOWER:
+        value = one.speed_up(rival)
+        if value is not None and value < SLOWER:
             own = rival is torch_path(one)
-            yield Loss(one, "this package's torch path" if own else f"`{rival.provider}`", 1 / speed_up)
+            against = "this package's torch path" if own else f"`{rival.provider}`"
+            yield Loss(one, against, 1 / value, sure=is_sure(one.ours, rival))
     more = one.memory_ratio()
     if more is not None and more >= MORE:
         yield Loss(one, f"`{one.baseline.provider}`", more, in_memory=True)
@@ -330,7 +348,7 @@ def _mode(comparison: Comparison) -> str:
 def _against_baseline(comparison: Comparison) -> str:
     """The ratio; where the baseline was not timed, a word that sends to the list below."""
     refused = comparison.baseline is None and any(name in comparison.rows for name in BASELINES)
-    text = ratio(comparison.speed_up(comparison.baseline)) + _chosen(comparison)
+    text = speed_up(comparison, comparison.baseline) + _chosen(comparison)
     return "not timed" if refused else text
 
 
@@ -419,7 +437,7 @@ def _cpu_table(comparisons: Sequence[Comparison]) -> list[str]:
         row = [one.first.case, _mode(one), one.first.dtype, _ours(one, _against_baseline(one))]
         row += [_ratio_spread(one), _samples(one)]
         if several:
-            row.append(ratio(one.speed_up(rival)) + ("" if rival is None else f" ({rival.provider})"))
+            row.append(speed_up(one, rival) + ("" if rival is None else f" ({rival.provider})"))
         row += [_share(one), _ours_memory(one), _baseline_memory(one), _error(one)]
         cells.append([*row, *_details(one, comparisons, absolute=False)])
     return [*table(header, cells, 3), ""]
@@ -453,7 +471,7 @@ def _gpu_table(comparisons: Sequence[Comparison]) -> list[str]:
         )
         row += [_samples(one), _median(one.baseline), _against_baseline(one)]
         row.append(_median(rival) + ("" if rival is None else f" ({rival.provider})"))
-        row += [ratio(one.speed_up(rival)), _median(own_torch), ratio(one.speed_up(own_torch))]
+        row += [speed_up(one, rival), _median(own_torch), speed_up(one, own_torch)]
         row += [_share(one), _ours_memory(one), _baseline_memory(one), _error(one)]
         cells.append([*row, *_details(one, comparisons, absolute=True)])
     return [*table(header, cells, 4), ""]
@@ -632,11 +650,11 @@ def _speed(one: Comparison | None) -> str:
     """Against the baseline and a best rival that is another, with what makes it less certain."""
     if one is None:
         return "-"
-    text = ratio(one.speed_up(one.baseline)) + _chosen(one) + _noise(one.ours, one.baseline)
+    text = speed_up(one, one.baseline) + _chosen(one) + _noise(one.ours, one.baseline)
     if "," in _samples(one):
         text += f" (n = {_samples(one)})"
     if one.best_rival is not one.baseline:
-        rival = f"{one.best_rival.provider}: {ratio(one.speed_up(one.best_rival))}"
+        rival = f"{one.best_rival.provider}: {speed_up(one, one.best_rival)}"
         text += f" (best rival, {rival}{_noise(one.ours, one.best_rival)})"
     return text
 

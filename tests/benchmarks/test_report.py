@@ -20,6 +20,12 @@ ROOT = Path(report.__file__).parents[1]
 LATER = "2026-01-02T10:00:00+00:00"
 CALM = {"min": 9.0, "p20": 9.5, "median": 10.0, "p80": 10.5, "max": 11.0}
 
+
+def calm(provider: str, median: float, make=row, **values) -> Row:
+    """A row whose times spread little."""
+    return make(provider, milliseconds={name: median / 10 * one for name, one in CALM.items()}, **values)
+
+
 with_plots = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib: draws plots"
 )
@@ -87,7 +93,7 @@ def test_what_numbers_should_be_read_with_stands_below_the_table():
 
 def test_a_loss_is_said_as_plainly_as_a_win():
     text = report.markdown(
-        [row("original", 8.0, extra_bytes=10**8), row("torch", 10.0, extra_bytes=8 * 10**8)]
+        [calm("original", 8.0, extra_bytes=10**8), calm("torch", 10.0, extra_bytes=8 * 10**8)]
     )
     assert column(text, "1 picture, 10 boxes", "× original") == "**0.80, slower**"
     assert column(text, "1 picture, 10 boxes", "extra MB") == "**800.0, 8.0 times as much**"
@@ -165,8 +171,8 @@ def test_a_gpu_shows_times_and_the_best_rival():
         gpu_row("original", 30.0),
         gpu_row("original compiled", 8.0),
         gpu_row("original max-autotune", 6.0),
-        gpu_row("torch", 1.0),
-        gpu_row("triton", 2.0, share=0.625),
+        calm("torch", 1.0, gpu_row),
+        calm("triton", 2.0, gpu_row, share=0.625),
     ]
     text = report.markdown(measured)
     start = "1 picture, 10 boxes"
@@ -357,23 +363,37 @@ def test_the_results_agree_with_their_rows():
     assert text == report.markdown(rows.read_all(), ablation=ablation)
 
 
+def test_a_loss_is_in_bold_only_if_it_is_sure():
+    def shown(ours: Row, original: Row) -> tuple[str, str]:
+        text = report.markdown([original, ours])
+        listed = text.partition("Where it is slower")[2].splitlines()[2]
+        return column(text, "1 picture", "× original"), listed.partition("forward: ")[2]
+
+    slow, original = calm("torch", 10.0), calm("original", 8.0)
+    unsure = ("0.80, slower", "0.80 times as fast as `original` (noisy, or of few times)")
+    assert shown(slow, original) == ("**0.80, slower**", "**0.80 times as fast** as `original`")
+    assert shown(slow, dataclasses.replace(original, samples=report.FEW - 1)) == unsure
+    noisy = dataclasses.replace(slow, milliseconds=slow.milliseconds | {"p80": 13.0})
+    assert shown(noisy, original) == unsure
+
+
 def test_the_readme_says_how_far_to_trust_a_ratio():
-    calm = row("original", 20.0, samples=2, milliseconds=CALM | {"median": 20.0})
+    original = row("original", 20.0, samples=2, milliseconds=CALM | {"median": 20.0})
     ours = row(samples=3, milliseconds=CALM)
     rival = row("another rival", 5.0, milliseconds=CALM | {"median": 5.0})
 
     def speed(*measured: Row) -> str:
         return cells(report.readme(measured), "`neck`")[3]
 
-    assert speed(dataclasses.replace(calm, samples=3), ours) == "2.00"
-    assert speed(calm, ours) == "2.00 (n = 3, original's 2)"
+    assert speed(dataclasses.replace(original, samples=3), ours) == "2.00"
+    assert speed(original, ours) == "2.00 (n = 3, original's 2)"
     assert (
-        speed(dataclasses.replace(calm, samples=3), ours, rival)
-        == "2.00 (best rival, another rival: **0.50, slower**)"
+        speed(dataclasses.replace(original, samples=3), ours, rival)
+        == "2.00 (best rival, another rival: 0.50, slower)"
     )
     noisy = dataclasses.replace(ours, milliseconds=CALM | {"p80": 13.0})
-    assert speed(dataclasses.replace(calm, samples=3), noisy) == "2.00, *noisy*"
-    assert column(report.markdown([calm, ours]), "1 picture", "n") == "3, original's 2"
+    assert speed(dataclasses.replace(original, samples=3), noisy) == "2.00, *noisy*"
+    assert column(report.markdown([original, ours]), "1 picture", "n") == "3, original's 2"
 
 
 def test_the_readme_names_who_was_never_timed_and_what_times_leave_out():
@@ -428,11 +448,11 @@ def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
         "`roi_align`",
         "large",
         "float32",
-        "**0.50, slower**, *noisy*",
+        "0.50, slower, *noisy*",
         "-",
         "-",
     ]
-    lost = "in 1 of 3 comparisons: `roi_align` **0.50 times as fast** as `torchvision` (large, float32, forward)."
+    lost = "in 1 of 3 comparisons: `roi_align` 0.50 times as fast as `torchvision` (noisy, or of few times) (large, "
     assert lost in text
     assert "a CPU, 2 threads; commit abc, def; 2026-01-01 10:00" in text
     assert "torch 2.11" in text
@@ -451,8 +471,8 @@ def test_the_readme_names_the_worst_loss_of_each_kind():
     measured = [gpu_row("original", 2.0, extra_bytes=10), gpu_row(median=1.0, extra_bytes=20)]
     for launch in ("eager", "graph"):
         for case, best in (("a", 0.9), ("b", 0.5), ("c", 2.0)):
-            rivals = [gpu_row("original", 4.0), gpu_row("original max-autotune", best), gpu_row("torch", 3.0)]
-            for one in (*rivals, gpu_row()):
+            times = {"original": 4.0, "original max-autotune": best, "torch": 3.0, "triton": 1.0}
+            for one in (calm(name, median, gpu_row) for name, median in times.items()):
                 measured.append(dataclasses.replace(one, op="conv_gate", case=case, launch=launch))
     text = report.readme(measured)
     assert (
