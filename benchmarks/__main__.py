@@ -178,7 +178,8 @@ def run(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     places = {device.type: current_conditions(device), "cpu": current_conditions(torch.device("cpu"))}
     where: Callable[[Job], Conditions] = lambda job: places["cpu" if job.benchmark.on_cpu else device.type]
-    stored = [] if fresh or folder is None else rows.read_all(folder)
+    kept = [] if folder is None else rows.read_all(folder)
+    stored = [] if fresh else kept
     wanted = [
         without_lost(job, where(job), stored)
         for job in jobs
@@ -219,7 +220,8 @@ def run(
                     done = (time.monotonic() - begin) / 60
                     _say(errors, f"{number}/{len(wanted)}, {done:.0f} of {minutes} min: {job.name}")
                 runner.tell = lambda what, job=job: tell(job, what)
-                new = runner.measure(job)
+                left_out = runner.name_left_out(job, kept)
+                new = runner.measure(job) + left_out
                 found += problems(new)
                 answers += _answers(job, new)
                 console.print(listing(job, new))

@@ -29,6 +29,8 @@ PACKAGES = ("torch", "triton", "torchvision", "transformers")
 WATCHED_SECONDS = 4.0
 # What a row on a CPU notes until its memory, too, is measured.
 NO_MEMORY = "peak memory is not measured yet"
+# Of a provider that --provider left out, so that no table looks complete that is not.
+NOT_ASKED_FOR = "not asked for in this run"
 # How the reason of a row begins whose provider took the GPU's context with it: it is not tried again.
 LOST = "failed, and no other call of the process after it could run: "
 
@@ -178,7 +180,7 @@ class Runner:
             DeviceLost: a provider made the GPU unusable for this process; its row says so.
         """
         device, dtype = self.conditions.device, getattr(torch, job.dtype)
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = _now()
         blank = {provider.name: self._blank(job, provider, now) for provider in job.providers}
         free = memory.available(device)
         rows: list[Row] = []
@@ -214,6 +216,17 @@ class Runner:
                 _quietly(torch.cuda.empty_cache)
         order = [provider.name for provider in job.providers]
         return sorted(rows, key=lambda row: order.index(row.provider))
+
+    def name_left_out(self, job: Job, stored: Sequence[Row]) -> list[Row]:
+        """Rows of the providers that the job leaves out, where `stored` has none of this code."""
+        known = {row.provider for row in _rows_of(job, self.conditions, stored)}
+        asked = {provider.name for provider in job.providers}
+        now = _now()
+        rows: list[Row] = []
+        for provider in job.benchmark.providers:
+            if provider.name not in asked | known:
+                self._put(rows, replace(self._blank(job, provider, now), reason=NOT_ASKED_FOR))
+        return rows
 
     def _put(self, rows: list[Row], row: Row) -> None:
         rows.append(row)
@@ -448,6 +461,10 @@ class Runner:
                     calls = []
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def _wrong(seconds: float, wrong: WrongResult) -> Outcome:
     return Outcome(seconds, wrong.error, wrong.tolerance, wrong=True, reason=str(wrong))
 
@@ -604,14 +621,17 @@ def _standing(reason: str) -> str:
 # Rough rates of two cores, to say beforehand how long a run takes: memory-bound and matmul-shaped work; what a
 # scaled-down model computes; the reference in float64.
 CPU_BYTES, CPU_FLOPS, MODEL_FLOPS, REFERENCE_BYTES = 0.7e9, 1e11, 2e11, 0.5e9
-PROCESS_SECONDS, GPU_JOB_SECONDS, GPU_COMPILE_SECONDS = 5.0, 6.0, 60.0
+PROCESS_SECONDS = 5.0
+# On a GPU, not yet measured: inputs and reference of a job, and each provider's check, launches and graph.
+GPU_JOB_SECONDS, GPU_PROVIDER_SECONDS = 1.5, 1.0
 
 
 def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memory: bool) -> float:
     """About how long a job takes."""
     dtype = getattr(torch, job.dtype)
     if conditions.device.type == "cuda":
-        return GPU_JOB_SECONDS + GPU_COMPILE_SECONDS * sum(provider.compiled for provider in job.providers)
+        each = sum(GPU_PROVIDER_SECONDS + provider.compile_seconds for provider in job.providers)
+        return GPU_JOB_SECONDS + each
     sizes = job.case.sizes
     free = memory.available(conditions.device)
     cost = job.benchmark.cost

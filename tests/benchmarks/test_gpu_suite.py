@@ -393,9 +393,10 @@ def test_every_benchmark_of_the_plan_has_cases_and_covers_the_acceptance(tmp_pat
         if "to 7x7" not in case
     }
     parts = {part.name: steps for part, steps in measuring(tmp_path)}
-    assert list(parts) == ["verdict", "benchmarks", "curves", "models"]
-    for name, more in (("verdict", set()), ("benchmarks", {"float32", "bfloat16"})):
-        jobs = [job for one in parts[name] for job in jobs_of(one)]
+    assert list(parts) == ["verdict", "benchmarks", "rivals", "curves", "models"]
+    tuned = parts["benchmarks"] + parts["rivals"]
+    for steps, more in ((parts["verdict"], set()), (tuned, {"float32", "bfloat16"})):
+        jobs = [job for one in steps for job in jobs_of(one)]
         measured = {(job.benchmark.name, job.case.name, job.dtype, job.mode) for job in jobs}
         small = {
             ("roi_align", f"{boxes} boxes to 7x7, ratio 2", dtype, mode)
@@ -407,17 +408,45 @@ def test_every_benchmark_of_the_plan_has_cases_and_covers_the_acceptance(tmp_pat
 
 
 def test_the_rival_that_the_acceptance_names_is_measured_with_the_others(tmp_path):
-    """In one run with this package, or there would be no ratio; the verdict needs each of its two cases."""
-    (steps,) = [steps for part, steps in measuring(tmp_path) if part.name == "benchmarks"]
-    rival = "original max-autotune"
+    """In one run with this package, or there would be no ratio."""
+    steps = [
+        one for part, steps in measuring(tmp_path) if part.name in ("benchmarks", "rivals") for one in steps
+    ]
     compared = {
-        job.case.name
+        (rival, job.benchmark.name, job.case.name)
+        for rival in ("original compiled", "original max-autotune")
         for one in steps
         for job in jobs_of(one)
-        if job.benchmark.name == "conv_gate"
-        and {rival, "original", "triton"} <= {provider.name for provider in job.providers}
+        if {rival, "original", "triton"} <= {provider.name for provider in job.providers}
+        and job.mode == "forward"
     }
-    assert compared == {"1 picture", "32 pictures"}
+    products = {
+        ("conv_gate", "1 picture"),
+        ("conv_gate", "32 pictures"),
+        *(("projectors", case) for case in ("1 picture", "8 pictures", "32 pictures")),
+    }
+    pooled = {("pooled_roi_align", case) for case in (gpu_suite.ALL_BOXES, "1 picture, 100 boxes")}
+    assert compared == {
+        *(("original max-autotune", *case) for case in products),
+        *(("original compiled", *case) for case in products | pooled),
+    }
+
+
+def test_the_original_repository_is_asked_for_where_it_is_there(tmp_path, monkeypatch):
+    def asked() -> set[tuple[str, str]]:
+        return {
+            (part.name, job.case.name)
+            for part, steps in measuring(tmp_path)
+            for one in steps
+            for job in jobs_of(one)
+            if any(provider.name == "original repository" for provider in job.providers)
+        }
+
+    monkeypatch.delenv("MGLLAVA_ORIGINAL_REPOSITORY", raising=False)
+    assert asked() == set()
+    monkeypatch.setenv("MGLLAVA_ORIGINAL_REPOSITORY", "/somewhere")
+    parts = ("verdict", "benchmarks", "rivals")
+    assert asked() == {(part, case) for part in parts for case in ("1 picture", "32 pictures")}
 
 
 def test_what_the_commands_say_that_they_take_fits_the_limits(tmp_path):

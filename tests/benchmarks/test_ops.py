@@ -447,6 +447,21 @@ def test_a_provider_that_is_named_is_measured_beside_what_it_is_compared_with(ru
     assert "0 measurements, about 0 min" in result.output
 
 
+def test_a_provider_that_is_not_asked_for_has_a_row_that_says_so(run):
+    _, found = run("--provider", "torch")
+    left_out = {name for name, row in found.items() if row["reason"] == runner.NOT_ASKED_FOR}
+    assert left_out == set(found) - {"original", "torch"}
+    assert set(found) == {one.name for one in BENCHMARKS["pooled_roi_align"].providers}
+    result, found = run()
+    assert "1 measurements" in result.output
+    assert found["original, all threads"]["milliseconds"]
+    assert "--provider" in found["original compiled"]["reason"]
+    # What is known of them is no less true when they are left out next time.
+    _, found = run("--provider", "torch", "--fresh")
+    assert found["original, all threads"]["milliseconds"]
+    assert "--provider" in found["original compiled"]["reason"]
+
+
 def test_times_and_precision_of_a_run(run, monkeypatch, tmp_path):
     """Quick is quick, and float32 is float32 for everyone."""
     budgets = []

@@ -736,11 +736,17 @@ def test_launched_times_are_judged_where_a_graph_cannot_be_captured():
     )
 
 
-def test_projectors_without_cublas_have_no_verdict():
+def test_projectors_without_cublas_or_a_compiled_rival_have_no_verdict():
     line = next(line for line in acceptance.LINES if "best torch call" in line.text)
-    own = [
-        gpu_row(name, median, op="projectors", case=case, launch="graph")
-        for case in line.cases
-        for name, median in (("original", 3.0), ("triton", 1.0))
-    ]
-    assert line.judge(compare(own)).state == NOT_MEASURED
+
+    def state(*rivals: str) -> str:
+        own = [
+            gpu_row(name, 1.0 if name == "triton" else 3.0, op="projectors", case=case, launch="graph")
+            for case in line.cases
+            for name in ("original", "triton", *rivals)
+        ]
+        return line.judge(compare(own)).state
+
+    assert state() == state("cuBLAS bias") == state("original compiled") == NOT_MEASURED
+    assert state("cuBLAS bias", "original compiled") == MET
+    assert state("cuBLAS bias", "original max-autotune") == MET
