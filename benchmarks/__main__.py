@@ -24,6 +24,7 @@ from benchmarks.runner import (
     DeviceLost,
     Job,
     Runner,
+    beneath,
     current_conditions,
     estimated_seconds,
     is_measured,
@@ -203,7 +204,7 @@ def run(
         tell = lambda job, what: progress.update(task, description=escape(f"{job.name}: {what}"))
         number = 0
         for _, group in itertools.groupby(wanted, lambda job: job.benchmark.name):
-            own = list(group)
+            own, made = list(group), []
             conditions = where(own[0])
             before = _ceilings(own, conditions, lambda job: tell(job, "ceilings of the device"))
             runner = Runner(
@@ -222,16 +223,18 @@ def run(
                 runner.tell = lambda what, job=job: tell(job, what)
                 left_out = runner.name_left_out(job, kept)
                 new = runner.measure(job) + left_out
+                made += new
                 found += problems(new)
                 answers += _answers(job, new)
                 console.print(listing(job, new))
                 progress.advance(task)
-            apart = None
             if before is not None:
                 after = _ceilings(own, conditions, lambda job: tell(job, "ceilings once more"))
-                apart = roofline.drift(before, after)
-            if apart is not None:
-                _say(errors, f"warning: {own[0].benchmark.name}: the device's own rates changed: {apart}")
+                apart, ceilings = roofline.drift(before, after), roofline.best(before, after)
+                if apart is not None:
+                    _say(errors, f"warning: {own[0].benchmark.name}: the device's own rates changed: {apart}")
+                if folder is not None:
+                    rows.add([beneath(row, ceilings, apart) for row in made], folder)
     if quick:
         for answer in answers:
             console.print(answer, highlight=False, soft_wrap=True, markup=False)

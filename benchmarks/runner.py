@@ -18,7 +18,7 @@ from benchmarks import memory, timing
 from benchmarks.benchmark import Benchmark, Problem, Provider, forget_compilations, make_call, make_problem
 from benchmarks.check import Standard, WrongResult, checked_mode, standard
 from benchmarks.comparison import OURS, PACKAGE
-from benchmarks.roofline import Ceilings
+from benchmarks.roofline import Ceilings, Cost
 from benchmarks.rows import Row
 from benchmarks.shapes import Case
 from mgllava_kernels.tune import conditions as gpu_conditions
@@ -275,14 +275,7 @@ class Runner:
         if job.benchmark.cost is None or self.ceilings is None:
             return row
         cost = job.benchmark.cost(sizes, dtype, job.mode)
-        return replace(
-            row,
-            floor_ms=self.ceilings.floor_ms(cost, job.dtype),
-            bytes=cost.bytes,
-            flops=cost.flops,
-            bandwidth=self.ceilings.bandwidth,
-            matmul_rate=self.ceilings.matmul[job.dtype],
-        )
+        return beneath(replace(row, bytes=cost.bytes, flops=cost.flops), self.ceilings)
 
     def _standard_of(
         self, job: Job, problem: Problem, able: Sequence[Provider], blank: dict[str, Row], rows: list[Row]
@@ -465,6 +458,21 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def beneath(row: Row, ceilings: Ceilings, drift: str | None = None) -> Row:
+    """A row with the floor that these ceilings give it, and a note if they are not to be relied on."""
+    if row.bytes is None or row.flops is None:
+        return row
+    floor = ceilings.floor_ms(Cost(row.bytes, row.flops), row.dtype)
+    rates = {"bandwidth": ceilings.bandwidth, "matmul_rate": ceilings.matmul[row.dtype]}
+    share = _share(floor, row.milliseconds)
+    row = replace(row, floor_ms=floor, share=share, **rates)
+    return row if drift is None else _noted(row, f"the device's own rates changed meanwhile: {drift}")
+
+
+def _share(floor: float | None, milliseconds: Mapping[str, float] | None) -> float | None:
+    return None if floor is None or milliseconds is None else floor / milliseconds["median"]
+
+
 def _wrong(seconds: float, wrong: WrongResult) -> Outcome:
     return Outcome(seconds, wrong.error, wrong.tolerance, wrong=True, reason=str(wrong))
 
@@ -497,7 +505,7 @@ def _line(error: Exception) -> str:
 
 def _timed(job: Job, row: Row, seconds: Sequence[float]) -> Row:
     milliseconds = timing.quantiles(seconds)
-    share = None if row.floor_ms is None else row.floor_ms / milliseconds["median"]
+    share = _share(row.floor_ms, milliseconds)
     details = {}
     if job.benchmark.rate is not None:
         name, count = job.benchmark.rate

@@ -343,6 +343,31 @@ def test_a_run_times_what_is_right_and_says_why_the_rest_has_no_times(run):
     assert rows["triton"]["milliseconds"] is None
 
 
+def test_floors_are_those_of_the_better_of_two_measurements(run, monkeypatch):
+    """Before and after; where they differ by more than a twentieth, the rows say so."""
+
+    def rows_with(*bandwidths: float) -> dict:
+        measured = iter(bandwidths)
+        monkeypatch.setattr(
+            roofline,
+            "measure_ceilings",
+            lambda *arguments: roofline.Ceilings("a CPU", next(measured), {"float32": 1e11}, "a test"),
+        )
+        return run("--fresh")[1]
+
+    for bandwidths in ((2e10, 1e10), (1e10, 2e10)):
+        found = rows_with(*bandwidths)
+        for row in found.values():
+            assert row["bandwidth"] == 2e10
+            assert row["floor_ms"] == max(row["bytes"] / 2e10, row["flops"] / 1e11) * 1e3
+            assert "rates changed meanwhile: bandwidth" in row["note"]
+        share = found["torch"]["floor_ms"] / found["torch"]["milliseconds"]["median"]
+        assert found["torch"]["share"] == pytest.approx(share)
+    found = rows_with(1e10, 1.04e10)
+    assert {row["bandwidth"] for row in found.values()} == {1.04e10}
+    assert not any("rates changed" in (row["note"] or "") for row in found.values())
+
+
 def test_a_broken_kernel_is_not_timed_and_fails_the_run(run, monkeypatch):
     from mgllava_kernels._torch import roi_align
 
