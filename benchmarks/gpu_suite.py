@@ -231,7 +231,7 @@ def _verdict(folder: Path) -> Part:
     both = "--mode forward --mode both --budget 1"
     return Part(
         "verdict",
-        "main cases with the heuristics' launch parameters",
+        "main cases with the launch parameters of a bare checkout: its own tables, else the heuristics'",
         2.7,
         tuple(
             _measure(f"verdict-{name}", folder, text, _with_repository(), at_most)
@@ -627,7 +627,7 @@ def _environment(output: Path) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("TRITON_INTERPRET", "MGLLAVA_KERNELS")
+        if name not in ("TRITON_INTERPRET", "MGLLAVA_KERNELS", "MGLLAVA_KERNELS_CONFIGS")
     }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     kept |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}

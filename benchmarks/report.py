@@ -319,6 +319,9 @@ def conditions(rows: Sequence[Row]) -> str:
     first, last = (choose(row.run for row in rows).replace("T", " ")[:16] for choose in (min, max))
     when = first if first == last else f"{first} to {last}"
     pieces = [rows[0].device, f"commit {', '.join(commits)}", f"{when} UTC"]
+    if rows[0].kind != "cpu":
+        found = sorted({row.tables or "none" for row in rows if row.provider == "triton"})
+        pieces.append(f"tuned tables: {', '.join(found) or 'none'}")
     bandwidths = [row.bandwidth for row in rows if row.bandwidth is not None]
     if bandwidths:
         pieces.append(f"memory {_rates(bandwidths, 'B/s')}")

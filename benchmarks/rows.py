@@ -46,6 +46,8 @@ class Row:
     """When this case was measured, UTC."""
     origin: str
     """Where the sizes come from."""
+    tables: str | None = None
+    """A short hash of the tuned tables of this GPU that were in force; None: there were none."""
     milliseconds: dict[str, float] | None = None
     """Time of one call: `min`, `p20`, `median`, `p80`, `max`."""
     samples: int = 0
@@ -82,7 +84,7 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a re-run replaces; the commit does not belong to it, so a file holds the newest rows."""
+        """What a re-run replaces; commit and tables do not belong to it, so a file holds the newest rows."""
         shape = tuple(sorted(self.shape.items()))
         versions = tuple(sorted(self.versions.items()))
         case = (self.op, self.case, shape, self.dtype, self.mode)

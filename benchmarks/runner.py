@@ -21,6 +21,7 @@ from benchmarks.comparison import OURS, PACKAGE
 from benchmarks.roofline import Ceilings, Cost
 from benchmarks.rows import Row
 from benchmarks.shapes import Case
+from mgllava_kernels.configs import tables
 from mgllava_kernels.tune import conditions as gpu_conditions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,12 +53,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a row depends on beside the case."""
+    """What a row depends on beside the case; `tables` as rows have it."""
 
     device: torch.device
     kind: str
     device_name: str
     versions: dict[str, str]
+    tables: str | None = None
 
 
 class DeviceLost(Exception):
@@ -77,13 +79,26 @@ def current_conditions(device: torch.device) -> Conditions:
         except metadata.PackageNotFoundError:
             continue
     if device.type == "cuda":
-        kind = name = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device)
         driver = gpu_conditions(device)["driver"]
         if driver is not None:
             versions["driver"] = driver
-    else:
-        kind, name = "cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return Conditions(device, kind, name, versions)
+        return Conditions(device, name, name, versions, hash_of_tables(name))
+    name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return Conditions(device, "cpu", name, versions)
+
+
+def hash_of_tables(device_name: str) -> str | None:
+    """Of a device's tuned tables, the user's and this package's, in the order in which they count."""
+    digest = hashlib.sha256()
+    own = [
+        path
+        for path in tables.find()
+        if path == tables.path_of(path.parents[1], path.parent.name, device_name)
+    ]
+    for path in own:
+        digest.update(f"{path.parent.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8] if own else None
 
 
 def _cpu_name() -> str:
@@ -269,6 +284,7 @@ class Runner:
             versions=self.conditions.versions,
             commit=current_commit(job.benchmark.code),
             run=run,
+            tables=self.conditions.tables,
             origin=job.case.origin,
             note=provider.cpu_note if self.conditions.kind == "cpu" else None,
         )
@@ -596,14 +612,15 @@ def without_lost(job: Job, conditions: Conditions, stored: Sequence[Row]) -> Job
 
 
 def _rows_of(job: Job, conditions: Conditions, stored: Sequence[Row]) -> list[Row]:
-    """Those of a job that were measured here, with this code."""
+    """Those of a job that were measured here, with this code and these tuned tables."""
     case = (job.benchmark.name, job.case.name, job.case.sizes, job.dtype, job.mode)
-    here = (conditions.device_name, conditions.versions, current_commit(job.benchmark.code))
+    commit = current_commit(job.benchmark.code)
+    here = (conditions.device_name, conditions.versions, commit, conditions.tables)
     return [
         row
         for row in stored
         if (row.op, row.case, row.shape, row.dtype, row.mode) == case
-        and (row.device, row.versions, row.commit) == here
+        and (row.device, row.versions, row.commit, row.tables) == here
     ]
 
 

@@ -316,11 +316,12 @@ def test_a_killed_suite_goes_on_inside_the_part_it_was_in(tmp_path, number):
 def test_commands_do_not_see_settings_that_change_what_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("MGLLAVA_KERNELS", "reference")
+    monkeypatch.setenv("MGLLAVA_KERNELS_CONFIGS", "somewhere")
     code = "import os; assert not {'TRITON_INTERPRET', 'MGLLAVA_KERNELS'} & set(os.environ)"
     code += "; assert os.environ['MGLLAVA_KERNELS_CONFIGS'] == 'tuned'; import benchmarks"
-    run = suite(
-        tmp_path, Part("a", "", 1, (step("sees", code, environment=(("MGLLAVA_KERNELS_CONFIGS", "tuned"),)),))
-    )
+    bare = "import os; assert 'MGLLAVA_KERNELS_CONFIGS' not in os.environ"
+    steps = (step("sees", code, environment=(("MGLLAVA_KERNELS_CONFIGS", "tuned"),)), step("bare", bare))
+    run = suite(tmp_path, Part("a", "", 1, steps))
     run.run()
     assert statuses(run) == [PASS], (tmp_path / "output" / "logs" / "sees.log").read_text()
 

@@ -428,6 +428,33 @@ def test_a_reason_counts_as_measured_only_while_it_stands():
     assert not settled(large, refused, free=80 << 30)
 
 
+def test_tuned_tables_are_part_of_the_conditions(monkeypatch, tmp_path):
+    """Of this device, whether they are the user's or the package's."""
+    monkeypatch.setenv(runner.tables.ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(runner.tables, "PACKAGE", tmp_path / "package")
+    assert runner.hash_of_tables("NVIDIA H200") is None
+    found = []
+    for folder in (tmp_path / "package", tmp_path):
+        path = runner.tables.path_of(folder, "roi_align", "NVIDIA H200")
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        found.append(runner.hash_of_tables("NVIDIA H200"))
+    path.write_text('{"entries": []}')
+    found.append(runner.hash_of_tables("NVIDIA H200"))
+    runner.tables.path_of(tmp_path, "roi_align", "NVIDIA H100").write_text("{}")
+    assert runner.hash_of_tables("NVIDIA H200") == found[-1]
+    assert len({*found, None}) == 4
+
+
+def test_rows_of_other_tuned_tables_are_measured_anew(cuda):
+    job = job_of(ORIGINAL, TORCH)
+    tuned = dataclasses.replace(GPU, tables="0123abcd")
+    found = Runner(tuned, CEILINGS, 0.05).measure(job)
+    assert {row.tables for row in found} == {"0123abcd"}
+    assert runner.is_measured(job, tuned, found)
+    assert not runner.is_measured(job, GPU, found)
+
+
 def test_times_count_as_measured_and_failures_do_not():
     times = {"min": 1.0, "p20": 1.0, "median": 1.0, "p80": 1.0, "max": 1.0}
     assert not settled(TORCH, None)
