@@ -46,6 +46,7 @@ Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one
 - **of floor** is the least time that the device allows (bytes / bandwidth or FLOPs / matmul rate, both measured on it
   in the same run and named with each table) divided by this package's time.
 - **extra** is peak memory above the inputs.
+- A file holds the newest row of each case with its commit; rows of earlier commits are in git's history.
 """
 # p80 / p20 of times that something else on the machine disturbed; a ratio of fewer than so many times is not sure.
 NOISY, FEW = 1.3, 5

@@ -157,6 +157,13 @@ def test_a_ratio_is_of_one_run():
     assert one.speed_up(one.best_rival) is None
 
 
+def test_the_newest_row_of_a_case_is_kept_as_the_text_says(tmp_path):
+    rows.add([row("original", 9.0), row(commit="abc")], tmp_path)
+    rows.add([row(commit="def", run=LATER)], tmp_path)
+    assert [one.commit for one in rows.read_all(tmp_path) if one.provider == "torch"] == ["def"]
+    assert "holds the newest row of each case with its commit" in report.markdown(rows.read_all(tmp_path))
+
+
 def test_places_are_kept_apart():
     here, there = row("original", 10.0), row("torch", 1.0, device="another CPU")
     newer = row("torch", 1.0, versions={"torch": "2.15"})
