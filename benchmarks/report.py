@@ -102,7 +102,7 @@ def speed_up(one: Comparison, rival: Row | None) -> str:
 
 def is_sure(*rows: Row | None) -> bool:
     """Whether the times of all rows are calm and many enough for a ratio in bold."""
-    return not _is_noisy(*rows) and all(row is None or row.samples >= FEW for row in rows)
+    return not is_noisy(*rows) and all(row is None or row.samples >= FEW for row in rows)
 
 
 def _percent(value: float | None) -> str:
@@ -392,7 +392,8 @@ def _baseline_name(comparisons: Sequence[Comparison]) -> str:
     return next((name for name in BASELINES if name in names), BASELINES[0])
 
 
-def _is_noisy(*rows: Row | None) -> bool:
+def is_noisy(*rows: Row | None) -> bool:
+    """Whether the times of any row spread too far."""
     times = [row.milliseconds for row in rows if row is not None and row.milliseconds is not None]
     return any(one["p80"] > NOISY * one["p20"] for one in times)
 
@@ -402,7 +403,7 @@ def _spread(comparison: Comparison, text: str) -> str:
 
 
 def _noise(*rows: Row | None) -> str:
-    return ", *noisy*" if _is_noisy(*rows) else ""
+    return ", *noisy*" if is_noisy(*rows) else ""
 
 
 def _samples(comparison: Comparison) -> str:
@@ -518,11 +519,11 @@ def _notes(op: str, rows: Sequence[Row]) -> list[str]:
     pieces += [PUBLISHED_NOTE] if any(row.case.startswith(SHALLOW) for row in rows) else []
     if any(NONE in row.case for row in rows):
         pieces.append(NO_BOXES)
-    pieces += _remarks(rows)
+    pieces += remarks(rows)
     return [" ".join(pieces), ""]
 
 
-def _remarks(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """What the rows say that they should be read with; what is noisy says so in its cell."""
     notes = [(row.provider, note) for row in rows for note in (row.note or "").split("; ")]
     by_note = _grouped((note, name) for name, note in notes if note and not note.startswith("noisy"))
@@ -680,7 +681,7 @@ def _summary_notes(rows: Sequence[Row], ops: Iterable[str]) -> list[str]:
     origins = dict.fromkeys(row.origin for row in rows if row.case.startswith(SHALLOW))
     notes += [f"{SHALLOW.capitalize()}: {'; '.join(origins)}. {PUBLISHED_NOTE}"] if origins else []
     notes += [f"`{op}`: {NOTES[op]}" for op in ops if op in NOTES]
-    return notes + _remarks(rows)
+    return notes + remarks(rows)
 
 
 def _has_graph(one: Comparison, comparisons: Sequence[Comparison]) -> bool:

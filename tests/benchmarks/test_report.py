@@ -624,6 +624,28 @@ def test_losses_are_bold_and_left_of_the_axis_as_in_the_tables():
 
 
 @with_plots
+def test_speed_ups_show_how_far_to_trust_them():
+    from benchmarks import plots
+
+    noted = {"note": "on one thread; noisy: p80 / p20 is 1.4"}
+    measured = [calm("original", 4.0, op="neck", **noted), calm("torch", 2.0, op="neck")]
+    measured += [row("original", 4.0, op="conv_gate"), calm("torch", 2.0, op="conv_gate")]
+    (place,) = places(measured)
+    figure = plots.speed_ups(compare(measured), place)
+    lines = figure.axes[0].get_lines()
+    dots = [line for line in lines if list(line.get_xdata()) == [2.0]]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True]
+    whiskers = [tuple(line.get_xdata()) for line in lines if line.get_marker() == "|"]
+    assert whiskers == [
+        pytest.approx((2 * 9.5 / 10.5, 2 * 10.5 / 9.5)),
+        pytest.approx((2 * 9.0 / 10.5, 2 * 12.5 / 9.5)),
+    ]
+    below = figure.get_supxlabel().splitlines()
+    assert below[0].startswith("Whiskers: p20 to p80. Hollow:")
+    assert below[1:] == ["original: on one thread."]
+
+
+@with_plots
 def test_a_line_that_ends_early_is_named_there_and_the_reason_stands_below():
     from benchmarks import plots
 
