@@ -16,7 +16,7 @@ from benchmarks.comparison import BASELINES, Comparison, Place, compare, median,
 from benchmarks.registry import BENCHMARKS
 from benchmarks.report import NOISY, SLOWER, is_noisy, remarks, representatives, slug, torch_path
 from benchmarks.rows import Row
-from benchmarks.shapes import CURVES
+from benchmarks.shapes import CURVES, TOGETHER
 
 # Colours of Okabe and Ito, told apart by colour-blind readers too; markers tell them apart without colour.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -38,8 +38,13 @@ STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-AXIS_NAMES = {"boxes": "boxes per picture", "images": "pictures", "canvas": "side of the picture, px"}
-GROWTH = {"boxes": "boxes", "images": "pictures", "canvas": "picture size"}
+AXIS_NAMES = {
+    "boxes": "boxes per picture",
+    "images": "pictures",
+    "canvas": "side of the picture, px",
+    "width": "width of the map, cells",
+}
+GROWTH = {"boxes": "boxes", "images": "pictures", "canvas": "picture size", "width": "map size"}
 
 
 @dataclass(frozen=True)
@@ -260,8 +265,12 @@ def curves(comparisons: Sequence[Comparison], axis: str, launch: str = "eager") 
         # Only the value on the axis differs along a curve.
         alike: dict[tuple[object, ...], dict[int, Comparison]] = {}
         for one in own:
-            if all(one.first.shape.get(name) == value for name, value in fixed.items()):
-                others = sorted(item for item in one.first.shape.items() if item[0] != axis)
+            shape = one.first.shape
+            # Plain RoIAlign knows no canvas.
+            if all(
+                shape.get(name) == value for name, value in fixed.items() if name != "canvas" or name in shape
+            ):
+                others = sorted(item for item in shape.items() if item[0] not in (axis, TOGETHER.get(axis)))
                 alike.setdefault((one.first.dtype, *others), {})[one.first.shape[axis]] = one
         points = max(alike.values(), key=len, default={})
         if len(points) >= 3:
@@ -400,6 +409,7 @@ def _others(curve: Curve, axis: str) -> str:
         "images": lambda count: "1 picture" if count == 1 else f"{count} pictures",
         "boxes": lambda count: {0: "", 1: "1 box"}.get(count, f"{count} boxes") + (each if count else ""),
         "canvas": lambda side: f"{side} px",
+        "width": lambda cells: f"{cells} cells wide",
     }
     fixed = [word(shape[name]) for name, word in words.items() if name != axis and name in shape]
     return "\n(" + ", ".join(filter(None, fixed)) + ")"

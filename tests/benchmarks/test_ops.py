@@ -40,6 +40,17 @@ def test_every_provider_computes_the_op(name, mode):
         assert check.check(held_to, one.function, problem, mode) < 1e-5
 
 
+def test_plain_roi_align_begins_its_curve_without_boxes():
+    benchmark = BENCHMARKS["roi_align"]
+    sizes = next(case.sizes for case in benchmark.cases if case.sizes["boxes"] == 0)
+    problem = make_problem(benchmark, sizes | {"channels": 4}, torch.float32, CPU)
+    held_to = check.standard(benchmark, sizes, problem, "forward", benchmark.providers[0].function)
+    for one in benchmark.providers:
+        if runs_here(one, "forward", "float32"):
+            assert check.check(held_to, one.function, problem, "forward") == 0
+    assert benchmark.cost(sizes, torch.float32, "forward").bytes == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_stays_within_the_tolerance(name, dtype):

@@ -660,6 +660,30 @@ def test_a_line_that_ends_early_is_named_there_and_the_reason_stands_below():
 
 
 @with_plots
+@pytest.mark.parametrize(
+    ("axis", "values", "words"),
+    [
+        ("boxes", (0, 1, 10, 100, 300), "1 picture, 304 cells wide"),
+        ("width", (76, 152, 304), "1 picture, 100 boxes"),
+    ],
+)
+def test_plain_roi_align_has_curves_too(axis, values, words):
+    from benchmarks import plots
+
+    measured = []
+    for case in BENCHMARKS["roi_align"].cases:
+        fixed = {"op": "roi_align", "case": case.name, "shape": case.sizes}
+        measured += [row("torchvision", 9.0, **fixed), row(**fixed)]
+        assert case.modes == ("forward",) or case.sizes["images"] == 2
+    (place,) = places(measured)
+    figure = plots.cost(compare(measured), place, axis)
+    (axes, *others) = [one for one in figure.axes if one.get_visible()]
+    assert others == []
+    assert [tuple(line.get_xdata()) for line in axes.get_lines()] == [values, values]
+    assert words in axes.get_xlabel()
+
+
+@with_plots
 def test_axes_count_in_words():
     from benchmarks import plots
 
