@@ -74,8 +74,8 @@ NO_BOXES = (
 )
 
 CPU_NOTE = (
-    "Only ratios, save rates that nothing can be compared with: absolute times of a CPU depend on the machine and on "
-    "what else it does, and are not to be compared between machines. They are in the rows."
+    "Only ratios, save the rates of preprocessing and conversion, which are a CPU's own work: absolute times of a CPU "
+    "depend on the machine and on what else it does, and are not to be compared between machines. They are in the rows."
 )
 # A speed-up below it is a loss; above, it reads as 1.00.
 SLOWER = 0.995
@@ -492,8 +492,9 @@ def _detail_names(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _details(comparison: Comparison, all_of_them: Sequence[Comparison], absolute: bool) -> list[str]:
-    """Further numbers of this package: as they are, or on a CPU as multiples of the baseline's, if there is one."""
+    """Further numbers of this package: as they are, or on a CPU, save of its own work, as multiples of a baseline's."""
     ours, baseline, cells = comparison.ours, comparison.baseline, []
+    op = BENCHMARKS.get(comparison.first.op)
     for name in _detail_names(all_of_them):
         value = None if ours is None else ours.details.get(name)
         other = None if baseline is None else baseline.details.get(name)
@@ -501,12 +502,10 @@ def _details(comparison: Comparison, all_of_them: Sequence[Comparison], absolute
             cells.append("-")
         elif absolute:
             cells.append(f"{value:,.4g}")
-        elif other:
-            cells.append(f"{value / other:.2f} times the original's")
+        elif op is not None and op.on_cpu:
+            cells.append(f"{value:,.4g} on this machine")
         else:
-            cells.append(
-                "-" if any(name in comparison.rows for name in BASELINES) else f"{value:,.4g} on this machine"
-            )
+            cells.append(f"{value / other:.2f} times the original's" if other else "-")
     return cells
 
 
