@@ -109,6 +109,7 @@ class Benchmark:
         source: in words, where the reference is from if it is no literal composition.
         in_float64: the reference is computed in float64; else (whole models) half precision is compared with
             float32, for a GPU does not hold seven billion parameters in float64 beside their measured selves.
+        parameters: of a whole model, how many it has: making and widening it takes most of a GPU's time.
         rate: name of a number per second in the rows' `details`, and how many of them a call makes.
         graph: a CUDA graph can hold a call: nothing in it waits for the device.
         on_cpu: it is work of the CPU, measured there whatever the other benchmarks run on.
@@ -128,6 +129,7 @@ class Benchmark:
     reference: Function | None = None
     source: str | None = None
     in_float64: bool = True
+    parameters: Callable[[Sizes], int] | None = None
     rate: tuple[str, Callable[[Sizes], int]] | None = None
     graph: bool = True
     on_cpu: bool = False

@@ -20,6 +20,7 @@ from benchmarks.models import (
     encoded,
     make_model,
     original_flow,
+    parameters,
     picture_inputs,
     prompt,
     reference_flow,
@@ -89,5 +90,6 @@ BENCHMARK = Benchmark(
     ),
     reference=partial(_composed, reference_flow),
     in_float64=False,
+    parameters=parameters,
     graph=False,  # transformers waits for the device
 )

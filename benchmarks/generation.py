@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.benchmark import Benchmark, Function, Provider, all_threads, code_of, package_providers
 from benchmarks.first_token import logits_shape, make_inputs
-from benchmarks.models import encoded, original_flow, reference_flow, threaded_flow
+from benchmarks.models import encoded, original_flow, parameters, reference_flow, threaded_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import GENERATION, TINY_MODEL, Sizes
 
@@ -70,6 +70,7 @@ BENCHMARK = Benchmark(
     ),
     reference=partial(_composed, reference_flow),
     in_float64=False,
+    parameters=parameters,
     graph=False,  # transformers waits for the device
     rate=("tokens_per_second", _tokens),
 )

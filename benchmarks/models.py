@@ -62,6 +62,18 @@ def config_of(sizes: Sizes) -> Any:
     )
 
 
+def parameters(sizes: Sizes) -> int:
+    """How many a model has, nearly: those of its matrices and large convolutions."""
+    low, out, widths = token_width(sizes), model_width(sizes), [shape[1] for shape in stage_shapes(sizes)]
+    others = min(3, sizes["blocks"])
+    towers = 12 * low**2 * sizes["vit_layers"]
+    for width, blocks in zip(widths, (others, others, sizes["blocks"], others), strict=True):
+        towers += 8 * width**2 * blocks
+    language = sizes["layers"] * (4 * out**2 + 3 * out * (11008 // sizes.get("divisor", 1)))
+    projectors = out * (low + sum(widths) + 2 * out)
+    return towers + projectors + language + 2 * sizes["vocabulary"] * out
+
+
 def make_model(sizes: Sizes, generator: torch.Generator) -> Any:
     """An MGLlavaForConditionalGeneration in eval mode with random weights; nothing in it learns."""
     from transformers.initialization import no_init_weights

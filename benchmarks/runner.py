@@ -649,6 +649,8 @@ CPU_BYTES, CPU_FLOPS, MODEL_FLOPS, REFERENCE_BYTES = 0.7e9, 1e11, 2e11, 0.5e9
 PROCESS_SECONDS = 5.0
 # On a GPU, not yet measured: inputs and reference of a job, and each provider's check, launches and graph.
 GPU_JOB_SECONDS, GPU_PROVIDER_SECONDS = 1.5, 1.0
+# Bytes of weights a second: a model is made, filled, copied in float32, and run.
+GPU_MODEL_BYTES = 0.5e9
 
 
 def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memory: bool) -> float:
@@ -656,7 +658,9 @@ def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memo
     dtype = getattr(torch, job.dtype)
     if conditions.device.type == "cuda":
         each = sum(GPU_PROVIDER_SECONDS + provider.compile_seconds for provider in job.providers)
-        return GPU_JOB_SECONDS + each
+        parameters = job.benchmark.parameters
+        weights = 0 if parameters is None else parameters(job.case.sizes) * dtype.itemsize
+        return GPU_JOB_SECONDS + each + weights / GPU_MODEL_BYTES
     sizes = job.case.sizes
     free = memory.available(conditions.device)
     cost = job.benchmark.cost

@@ -19,7 +19,7 @@ from benchmarks.benchmark import (
     package_providers,
 )
 from benchmarks.first_token import make_inputs
-from benchmarks.models import encoded, original_flow, reference_flow, threaded_flow
+from benchmarks.models import encoded, original_flow, parameters, reference_flow, threaded_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import TINY_MODEL, TRAINING_STEP, Sizes
 
@@ -78,6 +78,7 @@ BENCHMARK = Benchmark(
     ),
     reference=partial(_composed, reference_flow),
     in_float64=False,
+    parameters=parameters,
     graph=False,  # transformers waits for the device
     rate=("pictures_per_second", lambda sizes: sizes["images"]),
 )

@@ -8,6 +8,7 @@ from benchmarks.models import (
     make_model,
     original_flow,
     package_flow,
+    parameters,
     picture_inputs,
     reference_flow,
     threaded_flow,
@@ -52,5 +53,6 @@ BENCHMARK = Benchmark(
     ),
     reference=reference_flow,
     in_float64=False,
+    parameters=parameters,
     rate=("pictures_per_second", lambda sizes: sizes["images"]),
 )

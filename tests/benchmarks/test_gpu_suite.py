@@ -466,6 +466,20 @@ def test_what_the_commands_say_that_they_take_fits_the_limits(tmp_path):
         assert total <= 60 * part.minutes, f"{part.name}: {total / 60:.2f} min"
 
 
+def test_a_large_model_takes_longer_than_an_op(tmp_path):
+    """As long as its weights say; the one whose rate people ask for comes right behind the towers."""
+    import torch
+
+    from benchmarks.runner import GPU_MODEL_BYTES, estimated_seconds
+
+    conditions = types.SimpleNamespace(device=torch.device("cuda"))
+    (steps,) = [steps for part, steps in measuring(tmp_path) if part.name == "models"]
+    jobs = [job for one in steps for job in jobs_of(one)]
+    seconds = {job.benchmark.name: estimated_seconds(job, conditions, 1.0, True) for job in jobs}
+    assert list(seconds)[:2] == ["vision_flow", "generation"]
+    assert seconds["generation"] > 13e9 / GPU_MODEL_BYTES > 2 * seconds["vision_flow"]
+
+
 def test_every_command_of_the_plan_knows_its_options(tmp_path):
     """With --help behind them the commands parse what stands before it, and end."""
     from typer.testing import CliRunner
