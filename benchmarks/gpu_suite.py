@@ -661,14 +661,24 @@ print(json.dumps(found))
 """
 
 
-def find_gpu() -> dict[str, str | None] | None:
-    """Name and versions of the GPU that torch finds, asked in a process of its own so that no memory is held here."""
+def find_gpu() -> dict[str, str | None]:
+    """Name and versions of the GPU that torch finds, asked in a process of its own so that no memory is held here.
+
+    Raises:
+        RuntimeError: there is none, or asking failed; with what the process had to say.
+    """
     command = [sys.executable, "-c", FIND_GPU]
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=FIND_SECONDS)
     except subprocess.TimeoutExpired:
-        return None
-    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 and result.stdout else None
+        raise RuntimeError(f"torch did not say within {FIND_SECONDS} s whether there is a GPU") from None
+    said = result.stderr.strip()
+    if result.returncode != 0 or not result.stdout:
+        raise RuntimeError(f"asking torch for a GPU ended with status {result.returncode}:\n{said}")
+    found = json.loads(result.stdout.splitlines()[-1])
+    if found is None:
+        raise RuntimeError("\n".join(filter(None, ["torch finds no GPU here", said])))
+    return found
 
 
 NO_COMMIT = "**No commit is known: set GIT_COMMIT and run again with --fresh.**"
@@ -713,9 +723,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print("\n".join(listing(parts)))
         return 0
-    gpu = find_gpu()
-    if gpu is None:
-        print("torch finds no GPU here: this suite needs one (--dry-run prints its plan)", file=sys.stderr)
+    try:
+        gpu = find_gpu()
+    except RuntimeError as error:
+        print(f"this suite needs a GPU (--dry-run prints its plan): {error}", file=sys.stderr)
         return NO_GPU
     # What stops this program stops its commands too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

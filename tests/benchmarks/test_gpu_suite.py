@@ -336,6 +336,21 @@ def test_without_a_gpu_it_says_so_and_ends_with_2():
     assert "finds no GPU" in result.stderr
 
 
+def test_what_keeps_torch_from_the_gpu_is_told(monkeypatch, capsys):
+    def probed(code: str) -> str:
+        monkeypatch.setattr(gpu_suite, "FIND_GPU", code)
+        assert gpu_suite.main([]) == gpu_suite.NO_GPU
+        return capsys.readouterr().err
+
+    told = probed("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    assert "status 1" in told
+    assert "ImportError: libcudart.so.13: cannot open shared object file" in told
+    told = probed("import sys; sys.stderr.write('the driver is too old'); print('null')")
+    assert "torch finds no GPU here\nthe driver is too old" in told
+    monkeypatch.setattr(gpu_suite, "FIND_SECONDS", 0.1)
+    assert "did not say within 0.1 s" in probed("import time; time.sleep(60)")
+
+
 def test_the_plan_keeps_its_promises(tmp_path, capsys):
     parts = gpu_suite.plan(tmp_path)
     # Less half a minute for stopping what is out of time.
