@@ -1,4 +1,4 @@
-"""Rows that were measured side by side, and the ratios that they allow."""
+"""Rows that were measured together, and the ratios that they allow."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -649,6 +649,8 @@ FIND_GPU = """
 import json, platform, torch
 found = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else None
 if found:
+    from benchmarks.gpu_settings import gpu_settings
+    found["settings"] = gpu_settings(f"GPU-{torch.cuda.get_device_properties().uuid}")
     found |= {"driver": None, "python": platform.python_version(), "torch": torch.__version__, "triton": None}
     try:
         import triton

@@ -39,10 +39,10 @@ Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one
   the original composition's time divided by this package's (of plain RoIAlign **× torchvision**, of one thread and of
   all threads the faster, which the cell names), **× best rival** the same for the fastest of everything else that ran,
   the original among them. Below 1.00 this package is slower, and the cell says so.
-- Both times of a ratio come from one run, side by side. Medians of n calls or, in a CUDA graph, of n samples, and of
-  how many of the original's where these are fewer. p20 to p80 says how far ratios spread, or this package's time around
-  its median where there is no ratio; *noisy*, that of one side p80 is more than {noisy:g} times p20. A loss is in bold
-  unless a side is noisy or has fewer than {few} times.
+- Both times of a ratio come from one run: on a CPU providers take turns, on a GPU one runs after the other. Medians of
+  n calls or, in a CUDA graph, of n samples, and of how many of the original's where these are fewer. p20 to p80 says
+  how far ratios spread, or this package's time around its median where there is no ratio; *noisy*, that of one side
+  p80 is more than {noisy:g} times p20. A loss is in bold unless a side is noisy or has fewer than {few} times.
 - **of floor** is the least time that the device allows (bytes / bandwidth or FLOPs / matmul rate, both measured on it
   in the same run and named with each table) divided by this package's time.
 - **extra** is peak memory above the inputs.
@@ -323,6 +323,7 @@ def conditions(rows: Sequence[Row]) -> str:
     if rows[0].kind != "cpu":
         found = sorted({row.tables or "none" for row in rows if row.provider == "triton"})
         pieces.append(f"tuned tables: {', '.join(found) or 'none'}")
+        pieces += sorted({row.settings for row in rows if row.settings is not None})
     bandwidths = [row.bandwidth for row in rows if row.bandwidth is not None]
     if bandwidths:
         pieces.append(f"memory {_rates(bandwidths, 'B/s')}")

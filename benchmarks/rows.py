@@ -17,7 +17,7 @@ class Row:
     """One provider in one case.
 
     A row either has times, or a `reason` why it has none. Rows of one case, dtype and mode that share `run`
-    were measured side by side: only their ratios mean something.
+    were measured together, on a CPU in turns, on a GPU one after the other: only their ratios mean something.
     """
 
     op: str
@@ -48,6 +48,8 @@ class Row:
     """Where the sizes come from."""
     tables: str | None = None
     """A short hash of the tuned tables of this GPU that were in force; None: there were none."""
+    settings: str | None = None
+    """Clocks, power limit and MIG of a GPU, or why they are not known (`gpu_settings.py`); None on a CPU."""
     milliseconds: dict[str, float] | None = None
     """Time of one call: `min`, `p20`, `median`, `p80`, `max`."""
     samples: int = 0

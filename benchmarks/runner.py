@@ -18,6 +18,7 @@ from benchmarks import memory, timing
 from benchmarks.benchmark import Benchmark, Problem, Provider, forget_compilations, make_call, make_problem
 from benchmarks.check import Standard, WrongResult, checked_mode, standard
 from benchmarks.comparison import OURS, PACKAGE
+from benchmarks.gpu_settings import gpu_settings
 from benchmarks.roofline import Ceilings, Cost
 from benchmarks.rows import Row
 from benchmarks.shapes import Case
@@ -38,7 +39,7 @@ LOST = "failed, and no other call of the process after it could run: "
 
 @dataclass(frozen=True)
 class Job:
-    """One case of a benchmark in a dtype and a mode: what is measured side by side."""
+    """One case of a benchmark in a dtype and a mode: what is measured together."""
 
     benchmark: Benchmark
     case: Case
@@ -53,13 +54,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a row depends on beside the case; `tables` as rows have it."""
+    """What a row depends on beside the case; `tables` and `settings` as rows have them."""
 
     device: torch.device
     kind: str
     device_name: str
     versions: dict[str, str]
     tables: str | None = None
+    settings: str | None = None
 
 
 class DeviceLost(Exception):
@@ -83,7 +85,8 @@ def current_conditions(device: torch.device) -> Conditions:
         driver = gpu_conditions(device)["driver"]
         if driver is not None:
             versions["driver"] = driver
-        return Conditions(device, name, name, versions, hash_of_tables(name))
+        settings = gpu_settings(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return Conditions(device, name, name, versions, hash_of_tables(name), settings)
     name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     return Conditions(device, "cpu", name, versions)
 
@@ -285,6 +288,7 @@ class Runner:
             commit=current_commit(job.benchmark.code),
             run=run,
             tables=self.conditions.tables,
+            settings=self.conditions.settings,
             origin=job.case.origin,
             note=provider.cpu_note if self.conditions.kind == "cpu" else None,
         )

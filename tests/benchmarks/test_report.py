@@ -78,9 +78,12 @@ def test_the_device_s_own_rates_stand_beside_the_table():
     text = report.markdown([row("original", **slow), row(**slow), row(case="another case", **fast)])
     assert "UTC; memory 11.9 to 12.4 GB/s; float32 matmul 321 GFLOP/s." in text
     text = report.markdown(
-        [gpu_row(bandwidth=3.1e12, matmul_rate=8e14, tables="0123abcd"), gpu_row("original")]
+        [
+            gpu_row(bandwidth=3.1e12, matmul_rate=8e14, tables="0123abcd", settings="MIG Disabled"),
+            gpu_row("original"),
+        ]
     )
-    assert "UTC; tuned tables: 0123abcd; memory 3.1 TB/s; bfloat16 matmul 800 TFLOP/s." in text
+    assert "UTC; tuned tables: 0123abcd; MIG Disabled; memory 3.1 TB/s; bfloat16 matmul 800 TFLOP/s." in text
 
 
 def test_what_numbers_should_be_read_with_stands_below_the_table():

@@ -448,9 +448,9 @@ def test_tuned_tables_are_part_of_the_conditions(monkeypatch, tmp_path):
 
 def test_rows_of_other_tuned_tables_are_measured_anew(cuda):
     job = job_of(ORIGINAL, TORCH)
-    tuned = dataclasses.replace(GPU, tables="0123abcd")
+    tuned = dataclasses.replace(GPU, tables="0123abcd", settings="MIG Disabled")
     found = Runner(tuned, CEILINGS, 0.05).measure(job)
-    assert {row.tables for row in found} == {"0123abcd"}
+    assert {(row.tables, row.settings) for row in found} == {("0123abcd", "MIG Disabled")}
     assert runner.is_measured(job, tuned, found)
     assert not runner.is_measured(job, GPU, found)
 
