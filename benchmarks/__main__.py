@@ -204,7 +204,14 @@ def run(
         tell = lambda job, what: progress.update(task, description=escape(f"{job.name}: {what}"))
         number = 0
         for _, group in itertools.groupby(wanted, lambda job: job.benchmark.name):
-            own, made = list(group), []
+            own = list(group)
+            written: dict[object, Row] = {}
+
+            def write(row: Row, written: dict[object, Row] = written) -> None:
+                written[row.key] = row
+                if folder is not None:
+                    rows.add([row], folder)
+
             conditions = where(own[0])
             before = _ceilings(own, conditions, lambda job: tell(job, "ceilings of the device"))
             runner = Runner(
@@ -213,7 +220,7 @@ def run(
                 seconds,
                 by_name,
                 not quick,
-                write=lambda row: None if folder is None else rows.add([row], folder),
+                write=write,
             )
             for job in own:
                 number += 1
@@ -223,7 +230,6 @@ def run(
                 runner.tell = lambda what, job=job: tell(job, what)
                 left_out = runner.name_left_out(job, kept)
                 new = runner.measure(job) + left_out
-                made += new
                 found += problems(new)
                 answers += _answers(job, new)
                 console.print(listing(job, new))
@@ -234,7 +240,7 @@ def run(
                 if apart is not None:
                     _say(errors, f"warning: {own[0].benchmark.name}: the device's own rates changed: {apart}")
                 if folder is not None:
-                    rows.add([beneath(row, ceilings, apart) for row in made], folder)
+                    rows.add([beneath(row, ceilings, apart) for row in written.values()], folder)
     if quick:
         for answer in answers:
             console.print(answer, highlight=False, soft_wrap=True, markup=False)

@@ -23,7 +23,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 100
 SLOW_SECONDS, SLOW_ROUNDS = 20.0, 2
 # A turn of a fast call goes on for this many seconds, or calls: one call a round would have few times where a rival is
 # slow, and all of them taken with the caches full of that rival's data.
-TURN_SECONDS, TURN_CALLS = 0.2, 20
+TURN_SECONDS, TURN_CALLS = 0.2, 200
 # Times with p80 / p20 above this are noise; how often is tried to get better ones.
 NOISY, ATTEMPTS = 1.3, 3
 # On a GPU: samples; milliseconds of a graph, long beside the gap between two; of calls before the first sample, for

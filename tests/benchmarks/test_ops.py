@@ -596,8 +596,9 @@ def test_the_original_repository_runs_on_request(monkeypatch, tmp_path):
 
 
 def test_a_run_says_how_far_it_is_and_quick_ends_with_the_answer(run):
-    result, _ = run("--quick")
+    result, found = run("--quick")
     assert result.exit_code == 0, result.output
+    assert runner.NO_MEMORY in found["torch"]["note"]
     assert "1/1, 0 of 1 min: pooled_roi_align, tiny, float32, forward" in result.output
     assert "load " in result.output
     last = result.stdout.splitlines()[-1]
