@@ -155,17 +155,19 @@ def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
             marks.append((torch_path(one), TORCH, "against this package's torch path"))
         ends = sorted(value for rival, _, _ in marks if (value := one.speed_up(rival)) is not None)
         axes.plot([min(1, ends[0]), max(1, ends[-1])], [line, line], color="#bbbbbb", zorder=1)
+        reach = [*ends]
         for rival, style, text in marks:
             if rival is not None:
                 whisker = one.speed_up_range(rival)
                 axes.plot(whisker, [line, line], color=style[0], linewidth=1, marker="|", zorder=2)
                 _dot(axes, one.speed_up(rival), line, style, text, hollow=is_noisy(one.ours, rival))
-                values += whisker
+                reach += whisker
+        values += reach
         # The larger number right of its mark; the smaller, and every loss, left.
         if ends[-1] >= SLOWER:
-            _value(axes, ends[-1], line, right=True)
+            _value(axes, ends[-1], max(reach), line, right=True)
         if len(ends) > 1 or ends[0] < SLOWER:
-            _value(axes, ends[0], line, right=False)
+            _value(axes, ends[0], min(1, *reach), line, right=False)
     axes.set_xscale("log")
     axes.set_xlim(0.3 * min(1, *values), 3 * max(1, *values))  # room for the numbers
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
@@ -178,17 +180,17 @@ def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
     _legend(axes)
     caveats = [f"Whiskers: p20 to p80. Hollow: of one side p80 is more than {NOISY:g} times p20."]
     caveats += [
-        text.replace("`", "") for text in remarks([row for one, _ in chosen for row in one.rows.values()])
+        text.replace("`", "'") for text in remarks([row for one, _ in chosen for row in one.rows.values()])
     ]
     figure.supxlabel("\n".join(caveats), x=0.01, ha="left", fontsize=7)
     return figure
 
 
-def _value(axes: Axes, value: float, line: int, right: bool) -> None:
-    """A speed-up beside its mark, losses in bold; left labels stand left of 1, off the line."""
+def _value(axes: Axes, value: float, beside: float, line: int, right: bool) -> None:
+    """A speed-up beside its mark and whiskers, losses in bold."""
     axes.annotate(
         _times(value),
-        (value if right else min(value, 1), line),
+        (beside, line),
         (7 if right else -7, 0),
         textcoords="offset points",
         va="center",

@@ -659,8 +659,8 @@ def _speed(one: Comparison | None) -> str:
     if "," in _samples(one):
         text += f" (n = {_samples(one)})"
     if one.best_rival is not one.baseline:
-        rival = f"{one.best_rival.provider}: {speed_up(one, one.best_rival)}"
-        text += f" (best rival, {rival}{_noise(one.ours, one.best_rival)})"
+        rival = f"`{one.best_rival.provider}`: {speed_up(one, one.best_rival)}"
+        text += f" (best rival {rival}{_noise(one.ours, one.best_rival)})"
     return text
 
 

@@ -403,7 +403,7 @@ def test_the_readme_says_how_far_to_trust_a_ratio():
     assert speed(original, ours) == "2.00 (n = 3, original's 2)"
     assert (
         speed(dataclasses.replace(original, samples=3), ours, rival)
-        == "2.00 (best rival, another rival: 0.50, slower)"
+        == "2.00 (best rival `another rival`: 0.50, slower)"
     )
     noisy = dataclasses.replace(ours, milliseconds=CALM | {"p80": 13.0})
     assert speed(dataclasses.replace(original, samples=3), noisy) == "2.00, *noisy*"
@@ -647,7 +647,7 @@ def test_speed_ups_show_how_far_to_trust_them():
     ]
     below = figure.get_supxlabel().splitlines()
     assert below[0].startswith("Whiskers: p20 to p80. Hollow:")
-    assert below[1:] == ["original: on one thread."]
+    assert below[1:] == ["'original': on one thread."]
 
 
 @with_plots
