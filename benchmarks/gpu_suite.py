@@ -232,7 +232,7 @@ def _verdict(folder: Path) -> Part:
     return Part(
         "verdict",
         "main cases with the launch parameters of a bare checkout: its own tables, else the heuristics'",
-        2.7,
+        2.65,
         tuple(
             _measure(f"verdict-{name}", folder, text, _with_repository(), at_most)
             for name, text, at_most in (
@@ -322,7 +322,7 @@ def _rivals(results: Path, tuned: Path) -> Part:
     return Part(
         "rivals",
         "products beside everything that cuBLAS and torch.compile make of them",
-        6.15,
+        6.1,
         tuple(
             _measure(name, results, f"{ops} --case '{case}' {FORWARD}", products, at_most, tuned)
             for name, ops, case, at_most in (
@@ -355,7 +355,7 @@ def _models(results: Path, tuned: Path) -> Part:
     return Part(
         "models",
         "towers and neck, generation, first token, a training step, at published sizes",
-        2.3,
+        2.4,
         tuple(
             _measure(
                 f"models-{op}",
