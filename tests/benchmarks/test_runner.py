@@ -378,6 +378,7 @@ def test_times_without_neighbours_are_measured_again():
 def test_memory_of_slow_calls_is_that_of_a_timed_one(monkeypatch):
     monkeypatch.setattr(memory, "apart", lambda *_: pytest.fail("a process of its own"))
     monkeypatch.setattr(runner.timing, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(runner.timing, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(runner, "WATCHED_SECONDS", 0.0)
     for row in Runner(CPU, CEILINGS, 0.0).measure(job_of(ORIGINAL, TORCH)):
         assert row.samples == runner.timing.SLOW_ROUNDS
