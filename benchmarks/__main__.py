@@ -24,6 +24,7 @@ from benchmarks.runner import (
     DeviceLost,
     Job,
     Runner,
+    beneath,
     current_conditions,
     estimated_seconds,
     is_measured,
@@ -178,7 +179,8 @@ def run(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     places = {device.type: current_conditions(device), "cpu": current_conditions(torch.device("cpu"))}
     where: Callable[[Job], Conditions] = lambda job: places["cpu" if job.benchmark.on_cpu else device.type]
-    stored = [] if fresh or folder is None else rows.read_all(folder)
+    kept = [] if folder is None else rows.read_all(folder)
+    stored = [] if fresh else kept
     wanted = [
         without_lost(job, where(job), stored)
         for job in jobs
@@ -203,6 +205,13 @@ def run(
         number = 0
         for _, group in itertools.groupby(wanted, lambda job: job.benchmark.name):
             own = list(group)
+            written: dict[object, Row] = {}
+
+            def write(row: Row, written: dict[object, Row] = written) -> None:
+                written[row.key] = row
+                if folder is not None:
+                    rows.add([row], folder)
+
             conditions = where(own[0])
             before = _ceilings(own, conditions, lambda job: tell(job, "ceilings of the device"))
             runner = Runner(
@@ -211,7 +220,7 @@ def run(
                 seconds,
                 by_name,
                 not quick,
-                write=lambda row: None if folder is None else rows.add([row], folder),
+                write=write,
             )
             for job in own:
                 number += 1
@@ -219,17 +228,19 @@ def run(
                     done = (time.monotonic() - begin) / 60
                     _say(errors, f"{number}/{len(wanted)}, {done:.0f} of {minutes} min: {job.name}")
                 runner.tell = lambda what, job=job: tell(job, what)
-                new = runner.measure(job)
+                left_out = runner.name_left_out(job, kept)
+                new = runner.measure(job) + left_out
                 found += problems(new)
                 answers += _answers(job, new)
                 console.print(listing(job, new))
                 progress.advance(task)
-            apart = None
             if before is not None:
                 after = _ceilings(own, conditions, lambda job: tell(job, "ceilings once more"))
-                apart = roofline.drift(before, after)
-            if apart is not None:
-                _say(errors, f"warning: {own[0].benchmark.name}: the device's own rates changed: {apart}")
+                apart, ceilings = roofline.drift(before, after), roofline.best(before, after)
+                if apart is not None:
+                    _say(errors, f"warning: {own[0].benchmark.name}: the device's own rates changed: {apart}")
+                if folder is not None:
+                    rows.add([beneath(row, ceilings, apart) for row in written.values()], folder)
     if quick:
         for answer in answers:
             console.print(answer, highlight=False, soft_wrap=True, markup=False)

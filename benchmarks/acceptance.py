@@ -137,8 +137,11 @@ def _against(*names: str) -> Callable[[Comparison], float | None]:
 
 
 def _against_best(one: Comparison) -> float | None:
-    """Also of what only a GPU runs: without cuBLAS among the rivals there is no verdict."""
-    return None if one.timed("cuBLAS bias") is None else one.speed_up(one.best_rival)
+    """Also of what only a GPU runs: without cuBLAS and torch.compile among the rivals there is no verdict."""
+    compiled = one.timed("original compiled") or one.timed("original max-autotune")
+    if compiled is None or one.timed("cuBLAS bias") is None:
+        return None
+    return one.speed_up(one.best_rival)
 
 
 def _share(one: Comparison) -> float | None:

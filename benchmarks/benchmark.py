@@ -20,22 +20,20 @@ ExtraBytes = Callable[[Sizes, torch.dtype, str], int]
 NOT_CONVERTED = ("boxes",)
 NOT_DIFFERENTIATED = ("boxes", "pixel_values", "pixel_values_high_res")
 
-# What decides a row's times: the code behind ops, and that behind whole models. What only reads rows is left out.
-NOT_MEASURING = (
-    "report",
-    "plots",
-    "comparison",
-    "acceptance",
-    "gpu_suite",
-    "shards",
-    "shard_plugin",
-    "ablation",
-)
-OPS_CODE = (
-    *("mgllava_kernels", "benchmarks", ":!benchmarks/results", ":!*.md"),
-    *(f":!benchmarks/{name}.py" for name in NOT_MEASURING),
-)
-MODELS_CODE = ("mgllava", *OPS_CODE)
+# What decides the numbers of any row: how providers are called, checked, timed and counted, what they are given. What
+# only chooses cases or shows rows is left out: a word in it would make every measured row old.
+MEASURING = ("benchmark", "boxes", "check", "literal", "memory", "original", "roofline", "threaded", "timing")
+
+
+def code_of(*files: str, model: bool = False) -> tuple[str, ...]:
+    """As git's pathspecs, the code that decides the times of a benchmark.
+
+    Args:
+        files: modules of `benchmarks` beside MEASURING: the benchmark's own and those that it borrows from.
+        model: it runs the model, too.
+    """
+    packages = ("mgllava", "mgllava_kernels") if model else ("mgllava_kernels",)
+    return (*packages, ":!*.md", *(f"benchmarks/{name}.py" for name in (*MEASURING, *files)))
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,13 @@ class Provider:
         impossible: why it cannot compute these sizes anywhere, asked before it starts; None: it can.
         gpu_only: why it is measured on GPUs only, unless it is asked for by name; None if it is not.
         needs_gpu: it cannot be timed anywhere else.
+        cpu_only: why it is of use on a CPU only; None if it is not.
         modes: what it can compute.
         dtypes: names of those in which it computes the op; None: all.
         on_request: why it does not run now, asked at each run; None: it does.
         leniency: what its tolerance is multiplied by, if it computes nearly the same thing.
         cpu_note: what its times on a CPU should be read with.
+        compile_seconds: about how long a GPU's case takes to compile; such providers are measured last.
     """
 
     name: str
@@ -62,16 +62,18 @@ class Provider:
     impossible: Callable[[Sizes], str | None] = lambda sizes: None
     gpu_only: str | None = None
     needs_gpu: bool = False
+    cpu_only: str | None = None
     modes: tuple[str, ...] = ("forward", "backward", "both")
     dtypes: tuple[str, ...] | None = None
     on_request: Callable[[], str | None] = lambda: None
     leniency: float = 1.0
     cpu_note: str | None = None
+    compile_seconds: float = 0.0
 
     @property
     def compiled(self) -> bool:
-        """It takes about a minute to compile, and then is measured last."""
-        return self.gpu_only == COMPILED_ON_GPUS
+        """It is compiled anew for each case."""
+        return self.compile_seconds > 0
 
     def obstacle(self, device: torch.device, dtype: str, mode: str, by_name: bool) -> str | None:
         """Why it does not run in this dtype and mode on this device, or None."""
@@ -81,7 +83,7 @@ class Provider:
             return f"computes the op in {' and '.join(self.dtypes)} only"
         reason = self.on_request()
         if reason is not None or device.type == "cuda":
-            return reason
+            return reason or self.cpu_only
         if self.needs_gpu:
             return "needs a GPU: times of Triton's interpreter say nothing"
         return None if by_name else self.gpu_only
@@ -100,17 +102,18 @@ class Benchmark:
         output_shapes: of the results.
         providers: the baseline first.
         function: this package's public function on the inputs, on whatever backend is active.
+        code: as git's pathspecs, the files that another version of makes measured rows old.
         cost: bytes and FLOPs of a case in a mode.
         dtypes: names of the dtypes measured by default on a GPU; on a CPU it is float32.
         reference: what the results are compared with, if not `function` on the `reference` path.
         source: in words, where the reference is from if it is no literal composition.
         in_float64: the reference is computed in float64; else (whole models) half precision is compared with
             float32, for a GPU does not hold seven billion parameters in float64 beside their measured selves.
+        parameters: of a whole model, how many it has: making and widening it takes most of a GPU's time.
         rate: name of a number per second in the rows' `details`, and how many of them a call makes.
         graph: a CUDA graph can hold a call: nothing in it waits for the device.
         on_cpu: it is work of the CPU, measured there whatever the other benchmarks run on.
         frozen: inputs that get no gradient, beside those that never do.
-        code: as git's pathspecs, the files that another version of makes measured rows old.
     """
 
     name: str
@@ -120,16 +123,17 @@ class Benchmark:
     output_shapes: Callable[[Sizes], list[tuple[int, ...]]]
     providers: tuple[Provider, ...]
     function: Function
+    code: tuple[str, ...]
     cost: Callable[[Sizes, torch.dtype, str], Cost] | None = None
     dtypes: tuple[str, ...] = ("bfloat16",)
     reference: Function | None = None
     source: str | None = None
     in_float64: bool = True
+    parameters: Callable[[Sizes], int] | None = None
     rate: tuple[str, Callable[[Sizes], int]] | None = None
     graph: bool = True
     on_cpu: bool = False
     frozen: tuple[str, ...] = ()
-    code: tuple[str, ...] = OPS_CODE
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,9 @@ def package_providers(function: Function) -> tuple[Provider, ...]:
 
 
 COMPILED_ON_GPUS = "compiled rivals run on a GPU, elsewhere when named with --provider"
+# Name, mode of torch.compile, and an estimate of the seconds that it takes, not yet measured on a GPU.
+COMPILATIONS = (("compiled", "default", 15.0), ("max-autotune", "max-autotune", 45.0))
+PARALLEL_ON_GPUS = "on a GPU torchvision's RoIAlign runs on all of it"
 
 
 def original_providers(
@@ -247,17 +254,30 @@ def original_providers(
     extra_bytes: ExtraBytes,
     impossible: Callable[[Sizes], str | None] = lambda sizes: None,
     cpu_note: str | None = None,
+    threaded: Function | None = None,
 ) -> tuple[Provider, ...]:
-    """The original composition as it is, and compiled."""
+    """The original composition as it is, compiled, and if it has a RoIAlign, with that on all threads of a CPU."""
+    parallel = [] if threaded is None else [all_threads("original", threaded, extra_bytes)]
     return (
         Provider("original", function, extra_bytes, impossible, cpu_note=cpu_note),
+        *parallel,
         *(
             Provider(
-                name, partial(_compiled, function, mode), extra_bytes, impossible, gpu_only=COMPILED_ON_GPUS
+                f"original {name}",
+                partial(_compiled, function, mode),
+                extra_bytes,
+                impossible,
+                gpu_only=COMPILED_ON_GPUS,
+                compile_seconds=seconds,
             )
-            for name, mode in (("original compiled", "default"), ("original max-autotune", "max-autotune"))
+            for name, mode, seconds in COMPILATIONS
         ),
     )
+
+
+def all_threads(name: str, function: Function, extra_bytes: ExtraBytes | None = None) -> Provider:
+    """A rival with `threaded.roi_align`, whose parts stay below what torchvision counts."""
+    return Provider(f"{name}, all threads", function, extra_bytes, cpu_only=PARALLEL_ON_GPUS)
 
 
 _compilations: dict[tuple[Function, str], Function] = {}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import original, original_repository, roofline
-from benchmarks.benchmark import Benchmark, Inputs, Provider, original_providers, package_providers
+from benchmarks.benchmark import Benchmark, Inputs, Provider, code_of, original_providers, package_providers
 from benchmarks.pooled_roi_align import stage_map
 from benchmarks.shapes import CONV_GATE, TINY, Sizes, stage_shapes, token_width, tokens_of
 from mgllava_kernels import ConvGateFusion
@@ -59,5 +59,6 @@ BENCHMARK = Benchmark(
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of("conv_gate", "original_repository", "pooled_roi_align"),
     cost=roofline.conv_gate,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Inputs, Provider
+from benchmarks.benchmark import Benchmark, Inputs, Provider, code_of
 from benchmarks.shapes import CONVERSION, TINY_CHECKPOINT, Sizes
 
 MINIATURE = Path(__file__).resolve().parents[1] / "tests" / "golden" / "end_to_end"
@@ -87,11 +87,11 @@ BENCHMARK = Benchmark(
     output_shapes=_output_shapes,
     providers=(Provider("mgllava", _convert),),
     function=_convert,
+    code=code_of("conversion", model=True),
     dtypes=("float32",),
     reference=_stored,
     source="what the files hold",
     on_cpu=True,
     graph=False,
-    code=MODELS_CODE,
     rate=("megabytes_per_second", _megabytes),
 )

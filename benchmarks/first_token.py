@@ -7,8 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Inputs, Provider, package_providers
-from benchmarks.models import encoded, make_model, original_flow, picture_inputs, prompt, reference_flow
+from benchmarks.benchmark import (
+    Benchmark,
+    Function,
+    Inputs,
+    Provider,
+    all_threads,
+    code_of,
+    package_providers,
+)
+from benchmarks.models import (
+    encoded,
+    make_model,
+    original_flow,
+    parameters,
+    picture_inputs,
+    prompt,
+    reference_flow,
+    threaded_flow,
+)
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import FIRST_TOKEN, TINY_MODEL, Sizes, model_width, tokens_of
 
@@ -57,11 +74,22 @@ BENCHMARK = Benchmark(
         Provider(
             "original", partial(_composed, original_flow), extra_flow, too_many_bins, cpu_note=ONE_THREAD
         ),
+        all_threads("original", partial(_composed, threaded_flow), extra_flow),
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of(
+        "first_token",
+        "models",
+        "neck",
+        "conv_gate",
+        "original_repository",
+        "pooled_roi_align",
+        "projectors",
+        model=True,
+    ),
     reference=partial(_composed, reference_flow),
     in_float64=False,
+    parameters=parameters,
     graph=False,  # transformers waits for the device
-    code=MODELS_CODE,
 )

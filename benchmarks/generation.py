@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Provider, package_providers
+from benchmarks.benchmark import Benchmark, Function, Provider, all_threads, code_of, package_providers
 from benchmarks.first_token import logits_shape, make_inputs
-from benchmarks.models import encoded, original_flow, reference_flow
+from benchmarks.models import encoded, original_flow, parameters, reference_flow, threaded_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import GENERATION, TINY_MODEL, Sizes
 
@@ -53,12 +53,24 @@ BENCHMARK = Benchmark(
         Provider(
             "original", partial(_composed, original_flow), extra_flow, too_many_bins, cpu_note=ONE_THREAD
         ),
+        all_threads("original", partial(_composed, threaded_flow), extra_flow),
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of(
+        "generation",
+        "first_token",
+        "models",
+        "neck",
+        "conv_gate",
+        "original_repository",
+        "pooled_roi_align",
+        "projectors",
+        model=True,
+    ),
     reference=partial(_composed, reference_flow),
     in_float64=False,
+    parameters=parameters,
     graph=False,  # transformers waits for the device
-    code=MODELS_CODE,
     rate=("tokens_per_second", _tokens),
 )

@@ -4,12 +4,13 @@ transformers takes seconds to import, so only functions here import it: other be
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import neck, original
+from benchmarks import neck, original, threaded
 from benchmarks.benchmark import Inputs
 from benchmarks.boxes import picture_boxes
 from benchmarks.shapes import Sizes, model_width, stage_shapes, token_width, tokens_of
@@ -59,6 +60,18 @@ def config_of(sizes: Sizes) -> Any:
         image_token_id=sizes["vocabulary"],
         object_token_id=sizes["vocabulary"] + 1,
     )
+
+
+def parameters(sizes: Sizes) -> int:
+    """How many a model has, nearly: those of its matrices and large convolutions."""
+    low, out, widths = token_width(sizes), model_width(sizes), [shape[1] for shape in stage_shapes(sizes)]
+    others = min(3, sizes["blocks"])
+    towers = 12 * low**2 * sizes["vit_layers"]
+    for width, blocks in zip(widths, (others, others, sizes["blocks"], others), strict=True):
+        towers += 8 * width**2 * blocks
+    language = sizes["layers"] * (4 * out**2 + 3 * out * (11008 // sizes.get("divisor", 1)))
+    projectors = out * (low + sum(widths) + 2 * out)
+    return towers + projectors + language + 2 * sizes["vocabulary"] * out
 
 
 def make_model(sizes: Sizes, generator: torch.Generator) -> Any:
@@ -113,6 +126,14 @@ def original_flow(
 ) -> Sequence[Tensor]:
     """The vision flow with the original's neck: tokens (N + K, T) of each picture. The towers are the same."""
     return _flow(original.neck, model, pixel_values, pixel_values_high_res, boxes)
+
+
+def threaded_flow(
+    model: Any, pixel_values: Tensor, pixel_values_high_res: Tensor, boxes: Tensor
+) -> Sequence[Tensor]:
+    """The same with torchvision's RoIAlign on all threads of a CPU."""
+    align = partial(original.neck, align=threaded.roi_align)
+    return _flow(align, model, pixel_values, pixel_values_high_res, boxes)
 
 
 def reference_flow(

@@ -5,12 +5,13 @@ alone. Nearly all of the extra memory is then those gradients, the same for ever
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import literal, original, roofline
-from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
+from benchmarks import literal, original, roofline, threaded
+from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
 from benchmarks.conv_gate import low_res_tokens, make_fusion
 from benchmarks.pooled_roi_align import stages_and_boxes
 from benchmarks.projectors import make_projector
@@ -81,10 +82,17 @@ BENCHMARK = Benchmark(
     inputs=_inputs,
     output_shapes=_output_shapes,
     providers=(
-        *original_providers(original.neck, original.extra_neck, original.too_many_bins, original.ONE_THREAD),
+        *original_providers(
+            original.neck,
+            original.extra_neck,
+            original.too_many_bins,
+            original.ONE_THREAD,
+            partial(original.neck, align=threaded.roi_align),
+        ),
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of("neck", "conv_gate", "original_repository", "pooled_roi_align", "projectors"),
     reference=reference,
     cost=roofline.neck,
     frozen=("low_res", "stages"),

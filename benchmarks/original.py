@@ -10,7 +10,8 @@ Nothing here takes part in the choice of backends.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from benchmarks.shapes import Sizes, model_width, stage_shapes, token_width, tok
 from mgllava_kernels._workloads import BINS
 from mgllava_kernels.conv_gate import ConvGateFusion
 from mgllava_kernels.projector import Projector
+
+# torchvision's RoIAlign, or another function of its arguments.
+Align = Callable[..., Tensor]
 
 # Of rows measured on a CPU.
 ONE_THREAD = "torchvision's RoIAlign runs on one thread of a CPU, this package's on all"
@@ -39,21 +43,31 @@ def joined_stages(stages: Sequence[Tensor]) -> Tensor:
     return _wide(torch.cat(maps, dim=1))
 
 
-def object_vectors(joined: Tensor, boxes: Tensor, spatial_scale: float, dtype: torch.dtype) -> Tensor:
-    """One picture's map (1, ΣC_l, H_0, W_0) and boxes (K, 4) to vectors (K, ΣC_l)."""
+def torchvision_roi_align(*arguments: Any, **options: Any) -> Tensor:
+    """torchvision takes a second to import."""
     from torchvision.ops import roi_align
 
-    regions = roi_align(joined, [boxes.to(joined.dtype)], BINS, spatial_scale=spatial_scale)
+    return roi_align(*arguments, **options)
+
+
+def object_vectors(
+    joined: Tensor, boxes: Tensor, spatial_scale: float, dtype: torch.dtype, align: Align
+) -> Tensor:
+    """One picture's map (1, ΣC_l, H_0, W_0) and boxes (K, 4) to vectors (K, ΣC_l)."""
+    regions = align(joined, [boxes.to(joined.dtype)], BINS, spatial_scale=spatial_scale)
     return regions.to(dtype).mean(dim=(2, 3))
 
 
 def pooled_roi_align(
-    stages: Sequence[Tensor], boxes: Sequence[Tensor], spatial_scale: float
+    stages: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    spatial_scale: float,
+    align: Align = torchvision_roi_align,
 ) -> tuple[Tensor, ...]:
     """The object branch without its projector, picture after picture."""
     joined = joined_stages(stages)
     vectors = [
-        object_vectors(joined[index : index + 1], own, spatial_scale, stages[0].dtype)
+        object_vectors(joined[index : index + 1], own, spatial_scale, stages[0].dtype, align)
         for index, own in enumerate(boxes)
     ]
     return (torch.cat(vectors),)
@@ -83,6 +97,7 @@ def neck(
     image_projector: Projector,
     object_projector: Projector,
     spatial_scale: float,
+    align: Align = torchvision_roi_align,
 ) -> tuple[Tensor, Tensor]:
     """The whole neck: image tokens (B, N, T), object tokens (ΣK, T)."""
     joined = joined_stages(stages)
@@ -91,7 +106,7 @@ def neck(
     object_tokens = [
         projector(
             object_projector,
-            object_vectors(joined[index : index + 1], own, spatial_scale, low_res.dtype),
+            object_vectors(joined[index : index + 1], own, spatial_scale, low_res.dtype, align),
         )
         for index, own in enumerate(boxes)
     ]

@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.comparison import BASELINES, Comparison, Place, compare, median, places
 from benchmarks.registry import BENCHMARKS
-from benchmarks.report import SLOWER, representatives, slug, torch_path
+from benchmarks.report import NOISY, SLOWER, is_noisy, remarks, representatives, slug, torch_path
 from benchmarks.rows import Row
-from benchmarks.shapes import CURVES
+from benchmarks.shapes import CURVES, TOGETHER
 
 # Colours of Okabe and Ito, told apart by colour-blind readers too; markers tell them apart without colour.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -38,8 +38,13 @@ STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-AXIS_NAMES = {"boxes": "boxes per picture", "images": "pictures", "canvas": "side of the picture, px"}
-GROWTH = {"boxes": "boxes", "images": "pictures", "canvas": "picture size"}
+AXIS_NAMES = {
+    "boxes": "boxes per picture",
+    "images": "pictures",
+    "canvas": "side of the picture, px",
+    "width": "width of the map, cells",
+}
+GROWTH = {"boxes": "boxes", "images": "pictures", "canvas": "picture size", "width": "map size"}
 
 
 @dataclass(frozen=True)
@@ -132,37 +137,38 @@ def _label(one: Comparison, is_worst: bool) -> str:
 
 
 def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
-    """Each op against the original and against its best rival, on a logarithmic axis."""
+    """Each op against the original and against its best rival, on a logarithmic axis.
+
+    Whiskers are what the p20 to p80 of both times make of a ratio; a mark is hollow if either time is noisy.
+    """
     chosen = representatives(comparisons)
     if not chosen:
         return None
     figure, (axes,) = _figure(8, 1.0 + 0.42 * len(chosen))
     axes.axvline(1, color=GREY, linewidth=1)
+    values: list[float] = []
     for line, (one, _) in enumerate(chosen):
-        marks = [
-            (one.speed_up(one.baseline), ORIGINAL, "against the original (plain RoIAlign: torchvision's)")
-        ]
+        marks = [(one.baseline, ORIGINAL, "against the original (plain RoIAlign: torchvision's faster)")]
         if one.best_rival is not one.baseline:
-            marks.append((one.speed_up(one.best_rival), RIVAL, "against the best rival"))
+            marks.append((one.best_rival, RIVAL, "against the best rival"))
         if torch_path(one) is not None:
-            marks.append((one.speed_up(torch_path(one)), TORCH, "against this package's torch path"))
-        ends = sorted(value for value, _, _ in marks if value is not None)
+            marks.append((torch_path(one), TORCH, "against this package's torch path"))
+        ends = sorted(value for rival, _, _ in marks if (value := one.speed_up(rival)) is not None)
         axes.plot([min(1, ends[0]), max(1, ends[-1])], [line, line], color="#bbbbbb", zorder=1)
-        for value, style, text in marks:
-            if value is not None:
-                _dot(axes, value, line, style, text)
+        reach = [*ends]
+        for rival, style, text in marks:
+            if rival is not None:
+                whisker = one.speed_up_range(rival)
+                axes.plot(whisker, [line, line], color=style[0], linewidth=1, marker="|", zorder=2)
+                _dot(axes, one.speed_up(rival), line, style, text, hollow=is_noisy(one.ours, rival))
+                reach += whisker
+        values += reach
         # The larger number right of its mark; the smaller, and every loss, left.
         if ends[-1] >= SLOWER:
-            _value(axes, ends[-1], line, right=True)
+            _value(axes, ends[-1], max(reach), line, right=True)
         if len(ends) > 1 or ends[0] < SLOWER:
-            _value(axes, ends[0], line, right=False)
+            _value(axes, ends[0], min(1, *reach), line, right=False)
     axes.set_xscale("log")
-    values = [
-        value
-        for one, _ in chosen
-        for rival in (one.baseline, one.best_rival, torch_path(one))
-        if (value := one.speed_up(rival)) is not None
-    ]
     axes.set_xlim(0.3 * min(1, *values), 3 * max(1, *values))  # room for the numbers
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -172,14 +178,19 @@ def speed_ups(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
     axes.set_xlabel("rival's time / this package's time   (left of 1: slower)")
     _title(figure, f"Speed-up on {place.device}")
     _legend(axes)
+    caveats = [f"Whiskers: p20 to p80. Hollow: of one side p80 is more than {NOISY:g} times p20."]
+    caveats += [
+        text.replace("`", "'") for text in remarks([row for one, _ in chosen for row in one.rows.values()])
+    ]
+    figure.supxlabel("\n".join(caveats), x=0.01, ha="left", fontsize=7)
     return figure
 
 
-def _value(axes: Axes, value: float, line: int, right: bool) -> None:
-    """A speed-up beside its mark, losses in bold; left labels stand left of 1, off the line."""
+def _value(axes: Axes, value: float, beside: float, line: int, right: bool) -> None:
+    """A speed-up beside its mark and whiskers, losses in bold."""
     axes.annotate(
         _times(value),
-        (value if right else min(value, 1), line),
+        (beside, line),
         (7 if right else -7, 0),
         textcoords="offset points",
         va="center",
@@ -224,7 +235,7 @@ def shares(comparisons: Sequence[Comparison], place: Place) -> Figure | None:
     return figure
 
 
-def _dot(axes: Axes, x: float, y: float, style: tuple[str, str], text: str) -> None:
+def _dot(axes: Axes, x: float, y: float, style: tuple[str, str], text: str, hollow: bool = False) -> None:
     colour, marker = style
     seen = axes.get_legend_handles_labels()[1]
     axes.plot(
@@ -232,6 +243,7 @@ def _dot(axes: Axes, x: float, y: float, style: tuple[str, str], text: str) -> N
         color=colour,
         marker=marker,
         markersize=6,
+        markerfacecolor="white" if hollow else colour,
         linestyle="none",
         label=text if text not in seen else "_",
         zorder=3,
@@ -255,8 +267,12 @@ def curves(comparisons: Sequence[Comparison], axis: str, launch: str = "eager") 
         # Only the value on the axis differs along a curve.
         alike: dict[tuple[object, ...], dict[int, Comparison]] = {}
         for one in own:
-            if all(one.first.shape.get(name) == value for name, value in fixed.items()):
-                others = sorted(item for item in one.first.shape.items() if item[0] != axis)
+            shape = one.first.shape
+            # Plain RoIAlign knows no canvas.
+            if all(
+                shape.get(name) == value for name, value in fixed.items() if name != "canvas" or name in shape
+            ):
+                others = sorted(item for item in shape.items() if item[0] not in (axis, TOGETHER.get(axis)))
                 alike.setdefault((one.first.dtype, *others), {})[one.first.shape[axis]] = one
         points = max(alike.values(), key=len, default={})
         if len(points) >= 3:
@@ -372,7 +388,7 @@ def _refused(found: Sequence[Curve]) -> str:
     for curve in found:
         for value, one in curve.points.items():
             for row in one.rows.values():
-                if row.provider in BASELINES and row.reason is not None:
+                if one.baseline is None and row.provider in BASELINES and row.reason is not None:
                     ops.setdefault(f"no {row.provider} at {value:,}: {row.reason}", []).append(curve.op)
     return "\n".join(f"{', '.join(names)}: {text}" for text, names in ops.items())
 
@@ -395,6 +411,7 @@ def _others(curve: Curve, axis: str) -> str:
         "images": lambda count: "1 picture" if count == 1 else f"{count} pictures",
         "boxes": lambda count: {0: "", 1: "1 box"}.get(count, f"{count} boxes") + (each if count else ""),
         "canvas": lambda side: f"{side} px",
+        "width": lambda cells: f"{cells} cells wide",
     }
     fixed = [word(shape[name]) for name, word in words.items() if name != axis and name in shape]
     return "\n(" + ", ".join(filter(None, fixed)) + ")"

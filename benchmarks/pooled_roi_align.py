@@ -5,12 +5,13 @@ frozen there) and another model's may.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import literal, original, roofline
-from benchmarks.benchmark import Benchmark, Inputs, original_providers, package_providers
+from benchmarks import literal, original, roofline, threaded
+from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
 from benchmarks.boxes import picture_boxes
 from benchmarks.shapes import POOLED_ROI_ALIGN, TINY, Sizes, stage_shapes
 from mgllava_kernels import pooled_roi_align
@@ -55,10 +56,12 @@ BENCHMARK = Benchmark(
             original.extra_pooled_roi_align,
             original.too_many_bins,
             original.ONE_THREAD,
+            partial(original.pooled_roi_align, align=threaded.roi_align),
         ),
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of("pooled_roi_align"),
     reference=literal.pooled_roi_align,
     cost=roofline.pooled_roi_align,
 )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Inputs, Provider
+from benchmarks.benchmark import Benchmark, Inputs, Provider, code_of
 from benchmarks.shapes import PREPROCESSING, TINY_PICTURES, Sizes
 
 LOW_RES, HIGH_RES = 336, 768
@@ -88,11 +88,11 @@ BENCHMARK = Benchmark(
         Provider("mgllava", _package),
     ),
     function=_package,
+    code=code_of("preprocessing", model=True),
     reference=_original,
     source="the original's steps",
     dtypes=("float32",),
     on_cpu=True,
     graph=False,
     rate=("pictures_per_second", lambda sizes: sizes["pictures"]),
-    code=MODELS_CODE,
 )

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import original, roofline
-from benchmarks.benchmark import Benchmark, Inputs, Provider, original_providers, package_providers
+from benchmarks.benchmark import Benchmark, Inputs, Provider, code_of, original_providers, package_providers
 from benchmarks.conv_gate import fill
 from benchmarks.shapes import PROJECTORS, TINY, Sizes, model_width, stage_shapes, token_width, tokens_of
 from mgllava_kernels import Projector, project_groups
@@ -87,5 +87,6 @@ BENCHMARK = Benchmark(
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of("projectors", "conv_gate", "original_repository", "pooled_roi_align"),
     cost=roofline.projectors,
 )

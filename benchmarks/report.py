@@ -36,18 +36,20 @@ TITLE = """# Benchmark results
 Written by `python -m benchmarks.report` from the rows beside it (`*.jsonl`, one JSON object a line); do not edit.
 
 - Every provider's results were compared with a reference before it was timed; each table names it. **× original** is
-  the original composition's time divided by this package's (of plain RoIAlign **× torchvision**), **× best rival** the
-  same for the fastest of everything else that ran, the original among them. Below 1.00 this package is slower, and
-  the cell says so.
-- Both times of a ratio come from one run, side by side. Medians of n calls or, in a CUDA graph, of n samples, and of
-  how many of the original's where these are fewer. p20 to p80 says how far ratios spread, or this package's time around
-  its median where there is no ratio; *noisy*, that of one side p80 is more than {noisy:g} times p20.
+  the original composition's time divided by this package's (of plain RoIAlign **× torchvision**, of one thread and of
+  all threads the faster, which the cell names), **× best rival** the same for the fastest of everything else that ran,
+  the original among them. Below 1.00 this package is slower, and the cell says so.
+- Both times of a ratio come from one run: on a CPU providers take turns, on a GPU one runs after the other. Medians of
+  n calls or, in a CUDA graph, of n samples, and of how many of the original's where these are fewer. p20 to p80 says
+  how far ratios spread, or this package's time around its median where there is no ratio; *noisy*, that of one side
+  p80 is more than {noisy:g} times p20. A loss is in bold unless a side is noisy or has fewer than {few} times.
 - **of floor** is the least time that the device allows (bytes / bandwidth or FLOPs / matmul rate, both measured on it
   in the same run and named with each table) divided by this package's time.
 - **extra** is peak memory above the inputs.
+- A file holds the newest row of each case with its commit; rows of earlier commits are in git's history.
 """
-# p80 / p20 of times that something else on the machine disturbed.
-NOISY = 1.3
+# p80 / p20 of times that something else on the machine disturbed; a ratio of fewer than so many times is not sure.
+NOISY, FEW = 1.3, 5
 # Extra memory, as a multiple of the baseline's, from which on the tables call it more.
 MORE = 1.05
 # What a time leaves out or holds, by benchmark.
@@ -72,8 +74,8 @@ NO_BOXES = (
 )
 
 CPU_NOTE = (
-    "Only ratios, save rates that nothing can be compared with: absolute times of a CPU depend on the machine and on "
-    "what else it does, and are not to be compared between machines. They are in the rows."
+    "Only ratios, save the rates of preprocessing and conversion, which are a CPU's own work: absolute times of a CPU "
+    "depend on the machine and on what else it does, and are not to be compared between machines. They are in the rows."
 )
 # A speed-up below it is a loss; above, it reads as 1.00.
 SLOWER = 0.995
@@ -81,12 +83,26 @@ SLOWER = 0.995
 PREDICTED = "H100"
 
 
-def ratio(value: float | None) -> str:
-    """A speed-up; one below 1 in words, too."""
+def ratio(value: float | None, sure: bool = True) -> str:
+    """A speed-up; one below 1 in words, too, and in bold if it is sure."""
     if value is None:
         return "-"
     text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-    return f"**{text}, slower**" if value < SLOWER else text
+    return _bold(f"{text}, slower", sure) if value < SLOWER else text
+
+
+def _bold(text: str, sure: bool = True) -> str:
+    return f"**{text}**" if sure else text
+
+
+def speed_up(one: Comparison, rival: Row | None) -> str:
+    """A cell: the ratio of a rival's time and this package's."""
+    return ratio(one.speed_up(rival), is_sure(one.ours, rival))
+
+
+def is_sure(*rows: Row | None) -> bool:
+    """Whether the times of all rows are calm and many enough for a ratio in bold."""
+    return not is_noisy(*rows) and all(row is None or row.samples >= FEW for row in rows)
 
 
 def _percent(value: float | None) -> str:
@@ -121,7 +137,7 @@ def markdown(
         predicted: key of `roofline.VENDOR` for the prediction where there are no rows of a GPU.
         ablation: names of its files, a table and a plot, as far as there are any.
     """
-    lines = [TITLE.format(noisy=NOISY)]
+    lines = [TITLE.format(noisy=NOISY, few=FEW)]
     by_place = places(rows)
     no_gpu = all(place.kind == "cpu" for place in by_place)
     if no_gpu:
@@ -238,11 +254,13 @@ class Loss:
     against: str
     factor: float
     in_memory: bool = False
+    sure: bool = True
 
     def __str__(self) -> str:
         if self.in_memory:
             return f"**{_short(self.factor)} times the memory** of {self.against}"
-        return f"**{1 / self.factor:.2f} times as fast** as {self.against}"
+        text = _bold(f"{1 / self.factor:.2f} times as fast", self.sure)
+        return f"{text} as {self.against}{'' if self.sure else ' (noisy, or of few times)'}"
 
 
 def losses(one: Comparison) -> Iterator[Loss]:
@@ -251,10 +269,11 @@ def losses(one: Comparison) -> Iterator[Loss]:
         id(rival): rival for rival in (one.baseline, one.best_rival, torch_path(one)) if rival is not None
     }
     for rival in rivals.values():
-        speed_up = one.speed_up(rival)
-        if speed_up is not None and speed_up < SLOWER:
+        value = one.speed_up(rival)
+        if value is not None and value < SLOWER:
             own = rival is torch_path(one)
-            yield Loss(one, "this package's torch path" if own else f"`{rival.provider}`", 1 / speed_up)
+            against = "this package's torch path" if own else f"`{rival.provider}`"
+            yield Loss(one, against, 1 / value, sure=is_sure(one.ours, rival))
     more = one.memory_ratio()
     if more is not None and more >= MORE:
         yield Loss(one, f"`{one.baseline.provider}`", more, in_memory=True)
@@ -301,6 +320,10 @@ def conditions(rows: Sequence[Row]) -> str:
     first, last = (choose(row.run for row in rows).replace("T", " ")[:16] for choose in (min, max))
     when = first if first == last else f"{first} to {last}"
     pieces = [rows[0].device, f"commit {', '.join(commits)}", f"{when} UTC"]
+    if rows[0].kind != "cpu":
+        found = sorted({row.tables or "none" for row in rows if row.provider == "triton"})
+        pieces.append(f"tuned tables: {', '.join(found) or 'none'}")
+        pieces += sorted({row.settings for row in rows if row.settings is not None})
     bandwidths = [row.bandwidth for row in rows if row.bandwidth is not None]
     if bandwidths:
         pieces.append(f"memory {_rates(bandwidths, 'B/s')}")
@@ -330,7 +353,14 @@ def _mode(comparison: Comparison) -> str:
 def _against_baseline(comparison: Comparison) -> str:
     """The ratio; where the baseline was not timed, a word that sends to the list below."""
     refused = comparison.baseline is None and any(name in comparison.rows for name in BASELINES)
-    return "not timed" if refused else ratio(comparison.speed_up(comparison.baseline))
+    text = speed_up(comparison, comparison.baseline) + _chosen(comparison)
+    return "not timed" if refused else text
+
+
+def _chosen(comparison: Comparison) -> str:
+    """Which baseline a ratio is against, where two were timed."""
+    several = sum(comparison.timed(name) is not None for name in BASELINES) > 1
+    return f" ({comparison.baseline.provider})" if several else ""
 
 
 def _ours(comparison: Comparison, value: str) -> str:
@@ -363,7 +393,8 @@ def _baseline_name(comparisons: Sequence[Comparison]) -> str:
     return next((name for name in BASELINES if name in names), BASELINES[0])
 
 
-def _is_noisy(*rows: Row | None) -> bool:
+def is_noisy(*rows: Row | None) -> bool:
+    """Whether the times of any row spread too far."""
     times = [row.milliseconds for row in rows if row is not None and row.milliseconds is not None]
     return any(one["p80"] > NOISY * one["p20"] for one in times)
 
@@ -373,7 +404,7 @@ def _spread(comparison: Comparison, text: str) -> str:
 
 
 def _noise(*rows: Row | None) -> str:
-    return ", *noisy*" if _is_noisy(*rows) else ""
+    return ", *noisy*" if is_noisy(*rows) else ""
 
 
 def _samples(comparison: Comparison) -> str:
@@ -412,7 +443,7 @@ def _cpu_table(comparisons: Sequence[Comparison]) -> list[str]:
         row = [one.first.case, _mode(one), one.first.dtype, _ours(one, _against_baseline(one))]
         row += [_ratio_spread(one), _samples(one)]
         if several:
-            row.append(ratio(one.speed_up(rival)) + ("" if rival is None else f" ({rival.provider})"))
+            row.append(speed_up(one, rival) + ("" if rival is None else f" ({rival.provider})"))
         row += [_share(one), _ours_memory(one), _baseline_memory(one), _error(one)]
         cells.append([*row, *_details(one, comparisons, absolute=False)])
     return [*table(header, cells, 3), ""]
@@ -446,7 +477,7 @@ def _gpu_table(comparisons: Sequence[Comparison]) -> list[str]:
         )
         row += [_samples(one), _median(one.baseline), _against_baseline(one)]
         row.append(_median(rival) + ("" if rival is None else f" ({rival.provider})"))
-        row += [ratio(one.speed_up(rival)), _median(own_torch), ratio(one.speed_up(own_torch))]
+        row += [speed_up(one, rival), _median(own_torch), speed_up(one, own_torch)]
         row += [_share(one), _ours_memory(one), _baseline_memory(one), _error(one)]
         cells.append([*row, *_details(one, comparisons, absolute=True)])
     return [*table(header, cells, 4), ""]
@@ -462,8 +493,9 @@ def _detail_names(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _details(comparison: Comparison, all_of_them: Sequence[Comparison], absolute: bool) -> list[str]:
-    """Further numbers of this package: as they are, or on a CPU as multiples of the baseline's, if there is one."""
+    """Further numbers of this package: as they are, or on a CPU, save of its own work, as multiples of a baseline's."""
     ours, baseline, cells = comparison.ours, comparison.baseline, []
+    op = BENCHMARKS.get(comparison.first.op)
     for name in _detail_names(all_of_them):
         value = None if ours is None else ours.details.get(name)
         other = None if baseline is None else baseline.details.get(name)
@@ -471,12 +503,10 @@ def _details(comparison: Comparison, all_of_them: Sequence[Comparison], absolute
             cells.append("-")
         elif absolute:
             cells.append(f"{value:,.4g}")
-        elif other:
-            cells.append(f"{value / other:.2f} times the original's")
+        elif op is not None and op.on_cpu:
+            cells.append(f"{value:,.4g} on this machine")
         else:
-            cells.append(
-                "-" if any(name in comparison.rows for name in BASELINES) else f"{value:,.4g} on this machine"
-            )
+            cells.append(f"{value / other:.2f} times the original's" if other else "-")
     return cells
 
 
@@ -489,11 +519,11 @@ def _notes(op: str, rows: Sequence[Row]) -> list[str]:
     pieces += [PUBLISHED_NOTE] if any(row.case.startswith(SHALLOW) for row in rows) else []
     if any(NONE in row.case for row in rows):
         pieces.append(NO_BOXES)
-    pieces += _remarks(rows)
+    pieces += remarks(rows)
     return [" ".join(pieces), ""]
 
 
-def _remarks(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """What the rows say that they should be read with; what is noisy says so in its cell."""
     notes = [(row.provider, note) for row in rows for note in (row.note or "").split("; ")]
     by_note = _grouped((note, name) for name, note in notes if note and not note.startswith("noisy"))
@@ -583,7 +613,8 @@ def _summary(place: Place, rows: Sequence[Row]) -> list[str]:
     shown = _summary_cells(comparisons)
     return [
         f"{conditions(rows)} {_versions(place)}. Median time of the original composition, of plain RoIAlign "
-        "torchvision's, divided by this package's, both from one run; the same of peak memory above the inputs. "
+        "torchvision's faster one, divided by this package's, both from one run; the same of peak memory above the "
+        "inputs. "
         f"*noisy*: of one side p80 is more than {NOISY:g} times p20.",
         "",
         *table(header, shown, 3),
@@ -624,11 +655,12 @@ def _speed(one: Comparison | None) -> str:
     """Against the baseline and a best rival that is another, with what makes it less certain."""
     if one is None:
         return "-"
-    text = ratio(one.speed_up(one.baseline)) + _noise(one.ours, one.baseline)
+    text = speed_up(one, one.baseline) + _chosen(one) + _noise(one.ours, one.baseline)
     if "," in _samples(one):
         text += f" (n = {_samples(one)})"
     if one.best_rival is not one.baseline:
-        text += f" (best rival: {ratio(one.speed_up(one.best_rival))}{_noise(one.ours, one.best_rival)})"
+        rival = f"`{one.best_rival.provider}`: {speed_up(one, one.best_rival)}"
+        text += f" (best rival {rival}{_noise(one.ours, one.best_rival)})"
     return text
 
 
@@ -649,7 +681,7 @@ def _summary_notes(rows: Sequence[Row], ops: Iterable[str]) -> list[str]:
     origins = dict.fromkeys(row.origin for row in rows if row.case.startswith(SHALLOW))
     notes += [f"{SHALLOW.capitalize()}: {'; '.join(origins)}. {PUBLISHED_NOTE}"] if origins else []
     notes += [f"`{op}`: {NOTES[op]}" for op in ops if op in NOTES]
-    return notes + _remarks(rows)
+    return notes + remarks(rows)
 
 
 def _has_graph(one: Comparison, comparisons: Sequence[Comparison]) -> bool:

@@ -1,10 +1,12 @@
 """Plain RoIAlign against torchvision's."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from benchmarks import original, roofline
-from benchmarks.benchmark import Benchmark, Inputs, Provider, package_providers
+from benchmarks import original, roofline, threaded
+from benchmarks.benchmark import Benchmark, Inputs, Provider, all_threads, code_of, package_providers
 from benchmarks.boxes import region_boxes
 from benchmarks.shapes import ROI_ALIGN, TINY_REGIONS, Sizes
 from mgllava_kernels import roi_align
@@ -28,13 +30,17 @@ def _output_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
 
 
 def _torchvision(
-    maps: Tensor, boxes: Tensor, side: int, spatial_scale: float, ratio: int, aligned: bool
+    maps: Tensor,
+    boxes: Tensor,
+    side: int,
+    spatial_scale: float,
+    ratio: int,
+    aligned: bool,
+    align: original.Align = original.torchvision_roi_align,
 ) -> tuple[Tensor]:
     """In float32 throughout, as under autocast: no bfloat16 kernel, and boxes in float16 miss their pixels."""
-    from torchvision.ops import roi_align as theirs
-
     values = maps if maps.dtype == torch.float64 else maps.float()
-    result = theirs(values, boxes.to(values.dtype), side, spatial_scale, ratio, aligned)
+    result = align(values, boxes.to(values.dtype), side, spatial_scale, ratio, aligned)
     return (result.to(maps.dtype),)
 
 
@@ -52,9 +58,11 @@ BENCHMARK = Benchmark(
     output_shapes=_output_shapes,
     providers=(
         Provider("torchvision", _torchvision, cpu_note=original.ONE_THREAD),
+        all_threads("torchvision", partial(_torchvision, align=threaded.roi_align)),
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of("roi_align"),
     cost=roofline.roi_align,
     dtypes=("bfloat16", "float32"),
 )

@@ -2,14 +2,15 @@
 
 The bytes are those that any implementation moves: inputs and weights read once, of maps the cells that boxes touch,
 results written once. FLOPs are those of the matmul-shaped part. The floor is the longer of bytes / bandwidth and
-FLOPs / matmul rate; both rates are measured on the device in the same run (`measure_ceilings`), or are a vendor's for
-a prediction. On a CPU inputs are not rotated, so a large cache may hold them and beat the floor, which is the memory's.
+FLOPs / matmul rate; both rates are measured on the device in the same run, before and after an op
+(`measure_ceilings`), or are a vendor's for a prediction. On a CPU inputs are not rotated, so a large cache may hold
+them and beat the floor, which is the memory's.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +20,7 @@ from benchmarks.timing import launched
 
 # Calls behind a ceiling of a CPU; two measurements that differ by more than this factor are a machine's that does
 # something else, too.
-REPEATS, DRIFT = 10, 1.1
+REPEATS, DRIFT = 10, 1.05
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,12 @@ def measure_ceilings(device: torch.device, dtypes: list[torch.dtype], name: str)
         seconds = _best_seconds(lambda a=a, b=b: a @ b, device)
         rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
     return Ceilings(name, bandwidth, rates, "measured in the same run")
+
+
+def best(before: Ceilings, after: Ceilings) -> Ceilings:
+    """The higher rates of two measurements of one device: what it can do, whatever else it did in one of them."""
+    matmul = {name: max(rate, after.matmul[name]) for name, rate in before.matmul.items()}
+    return replace(before, bandwidth=max(before.bandwidth, after.bandwidth), matmul=matmul)
 
 
 def drift(before: Ceilings, after: Ceilings) -> str | None:

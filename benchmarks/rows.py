@@ -17,7 +17,7 @@ class Row:
     """One provider in one case.
 
     A row either has times, or a `reason` why it has none. Rows of one case, dtype and mode that share `run`
-    were measured side by side: only their ratios mean something.
+    were measured together, on a CPU in turns, on a GPU one after the other: only their ratios mean something.
     """
 
     op: str
@@ -46,6 +46,10 @@ class Row:
     """When this case was measured, UTC."""
     origin: str
     """Where the sizes come from."""
+    tables: str | None = None
+    """A short hash of the tuned tables of this GPU that were in force; None: there were none."""
+    settings: str | None = None
+    """Clocks, power limit and MIG of a GPU, or why they are not known (`gpu_settings.py`); None on a CPU."""
     milliseconds: dict[str, float] | None = None
     """Time of one call: `min`, `p20`, `median`, `p80`, `max`."""
     samples: int = 0
@@ -82,7 +86,7 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a re-run replaces; the commit does not belong to it, so a file holds the newest rows."""
+        """What a re-run replaces; commit and tables do not belong to it, so a file holds the newest rows."""
         shape = tuple(sorted(self.shape.items()))
         versions = tuple(sorted(self.versions.items()))
         case = (self.op, self.case, shape, self.dtype, self.mode)

@@ -18,9 +18,11 @@ from benchmarks import memory, timing
 from benchmarks.benchmark import Benchmark, Problem, Provider, forget_compilations, make_call, make_problem
 from benchmarks.check import Standard, WrongResult, checked_mode, standard
 from benchmarks.comparison import OURS, PACKAGE
-from benchmarks.roofline import Ceilings
+from benchmarks.gpu_settings import gpu_settings
+from benchmarks.roofline import Ceilings, Cost
 from benchmarks.rows import Row
 from benchmarks.shapes import Case
+from mgllava_kernels.configs import tables
 from mgllava_kernels.tune import conditions as gpu_conditions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,13 +31,15 @@ PACKAGES = ("torch", "triton", "torchvision", "transformers")
 WATCHED_SECONDS = 4.0
 # What a row on a CPU notes until its memory, too, is measured.
 NO_MEMORY = "peak memory is not measured yet"
+# Of a provider that --provider left out, so that no table looks complete that is not.
+NOT_ASKED_FOR = "not asked for in this run"
 # How the reason of a row begins whose provider took the GPU's context with it: it is not tried again.
 LOST = "failed, and no other call of the process after it could run: "
 
 
 @dataclass(frozen=True)
 class Job:
-    """One case of a benchmark in a dtype and a mode: what is measured side by side."""
+    """One case of a benchmark in a dtype and a mode: what is measured together."""
 
     benchmark: Benchmark
     case: Case
@@ -50,12 +54,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a row depends on beside the case."""
+    """What a row depends on beside the case; `tables` and `settings` as rows have them."""
 
     device: torch.device
     kind: str
     device_name: str
     versions: dict[str, str]
+    tables: str | None = None
+    settings: str | None = None
 
 
 class DeviceLost(Exception):
@@ -75,13 +81,27 @@ def current_conditions(device: torch.device) -> Conditions:
         except metadata.PackageNotFoundError:
             continue
     if device.type == "cuda":
-        kind = name = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device)
         driver = gpu_conditions(device)["driver"]
         if driver is not None:
             versions["driver"] = driver
-    else:
-        kind, name = "cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return Conditions(device, kind, name, versions)
+        settings = gpu_settings(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return Conditions(device, name, name, versions, hash_of_tables(name), settings)
+    name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return Conditions(device, "cpu", name, versions)
+
+
+def hash_of_tables(device_name: str) -> str | None:
+    """Of a device's tuned tables, the user's and this package's, in the order in which they count."""
+    digest = hashlib.sha256()
+    own = [
+        path
+        for path in tables.find()
+        if path == tables.path_of(path.parents[1], path.parent.name, device_name)
+    ]
+    for path in own:
+        digest.update(f"{path.parent.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8] if own else None
 
 
 def _cpu_name() -> str:
@@ -105,13 +125,12 @@ def current_commit(code: tuple[str, ...]) -> str:
 
 def _hash_of(code: Sequence[str]) -> str:
     """Of the Python and JSON files that pathspecs choose."""
-    without = [ROOT / one.removeprefix(":!") for one in code if one.startswith(":!")]
     digest = hashlib.sha256()
-    for folder in sorted(one for one in code if not one.startswith(":!")):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix not in (".py", ".json") or any(path.is_relative_to(one) for one in without):
-                continue
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    for name in sorted(one for one in code if not one.startswith(":!")):
+        chosen = ROOT / name
+        for path in sorted(chosen.rglob("*")) if chosen.is_dir() else [chosen]:
+            if path.suffix in (".py", ".json") and path.is_file():
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -179,7 +198,7 @@ class Runner:
             DeviceLost: a provider made the GPU unusable for this process; its row says so.
         """
         device, dtype = self.conditions.device, getattr(torch, job.dtype)
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = _now()
         blank = {provider.name: self._blank(job, provider, now) for provider in job.providers}
         free = memory.available(device)
         rows: list[Row] = []
@@ -215,6 +234,17 @@ class Runner:
                 _quietly(torch.cuda.empty_cache)
         order = [provider.name for provider in job.providers]
         return sorted(rows, key=lambda row: order.index(row.provider))
+
+    def name_left_out(self, job: Job, stored: Sequence[Row]) -> list[Row]:
+        """Rows of the providers that the job leaves out, where `stored` has none of this code."""
+        known = {row.provider for row in _rows_of(job, self.conditions, stored)}
+        asked = {provider.name for provider in job.providers}
+        now = _now()
+        rows: list[Row] = []
+        for provider in job.benchmark.providers:
+            if provider.name not in asked | known:
+                self._put(rows, replace(self._blank(job, provider, now), reason=NOT_ASKED_FOR))
+        return rows
 
     def _put(self, rows: list[Row], row: Row) -> None:
         rows.append(row)
@@ -257,20 +287,15 @@ class Runner:
             versions=self.conditions.versions,
             commit=current_commit(job.benchmark.code),
             run=run,
+            tables=self.conditions.tables,
+            settings=self.conditions.settings,
             origin=job.case.origin,
             note=provider.cpu_note if self.conditions.kind == "cpu" else None,
         )
         if job.benchmark.cost is None or self.ceilings is None:
             return row
         cost = job.benchmark.cost(sizes, dtype, job.mode)
-        return replace(
-            row,
-            floor_ms=self.ceilings.floor_ms(cost, job.dtype),
-            bytes=cost.bytes,
-            flops=cost.flops,
-            bandwidth=self.ceilings.bandwidth,
-            matmul_rate=self.ceilings.matmul[job.dtype],
-        )
+        return beneath(replace(row, bytes=cost.bytes, flops=cost.flops), self.ceilings)
 
     def _standard_of(
         self, job: Job, problem: Problem, able: Sequence[Provider], blank: dict[str, Row], rows: list[Row]
@@ -449,6 +474,25 @@ class Runner:
                     calls = []
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def beneath(row: Row, ceilings: Ceilings, drift: str | None = None) -> Row:
+    """A row with the floor that these ceilings give it, and a note if they are not to be relied on."""
+    if row.bytes is None or row.flops is None:
+        return row
+    floor = ceilings.floor_ms(Cost(row.bytes, row.flops), row.dtype)
+    rates = {"bandwidth": ceilings.bandwidth, "matmul_rate": ceilings.matmul[row.dtype]}
+    share = _share(floor, row.milliseconds)
+    row = replace(row, floor_ms=floor, share=share, **rates)
+    return row if drift is None else _noted(row, f"the device's own rates changed meanwhile: {drift}")
+
+
+def _share(floor: float | None, milliseconds: Mapping[str, float] | None) -> float | None:
+    return None if floor is None or milliseconds is None else floor / milliseconds["median"]
+
+
 def _wrong(seconds: float, wrong: WrongResult) -> Outcome:
     return Outcome(seconds, wrong.error, wrong.tolerance, wrong=True, reason=str(wrong))
 
@@ -481,7 +525,7 @@ def _line(error: Exception) -> str:
 
 def _timed(job: Job, row: Row, seconds: Sequence[float]) -> Row:
     milliseconds = timing.quantiles(seconds)
-    share = None if row.floor_ms is None else row.floor_ms / milliseconds["median"]
+    share = _share(row.floor_ms, milliseconds)
     details = {}
     if job.benchmark.rate is not None:
         name, count = job.benchmark.rate
@@ -572,14 +616,15 @@ def without_lost(job: Job, conditions: Conditions, stored: Sequence[Row]) -> Job
 
 
 def _rows_of(job: Job, conditions: Conditions, stored: Sequence[Row]) -> list[Row]:
-    """Those of a job that were measured here, with this code."""
+    """Those of a job that were measured here, with this code and these tuned tables."""
     case = (job.benchmark.name, job.case.name, job.case.sizes, job.dtype, job.mode)
-    here = (conditions.device_name, conditions.versions, current_commit(job.benchmark.code))
+    commit = current_commit(job.benchmark.code)
+    here = (conditions.device_name, conditions.versions, commit, conditions.tables)
     return [
         row
         for row in stored
         if (row.op, row.case, row.shape, row.dtype, row.mode) == case
-        and (row.device, row.versions, row.commit) == here
+        and (row.device, row.versions, row.commit, row.tables) == here
     ]
 
 
@@ -605,14 +650,21 @@ def _standing(reason: str) -> str:
 # Rough rates of two cores, to say beforehand how long a run takes: memory-bound and matmul-shaped work; what a
 # scaled-down model computes; the reference in float64.
 CPU_BYTES, CPU_FLOPS, MODEL_FLOPS, REFERENCE_BYTES = 0.7e9, 1e11, 2e11, 0.5e9
-PROCESS_SECONDS, GPU_JOB_SECONDS, GPU_COMPILE_SECONDS = 5.0, 6.0, 60.0
+PROCESS_SECONDS = 5.0
+# On a GPU, not yet measured: inputs and reference of a job, and each provider's check, launches and graph.
+GPU_JOB_SECONDS, GPU_PROVIDER_SECONDS = 1.5, 1.0
+# Bytes of weights a second: a model is made, filled, copied in float32, and run.
+GPU_MODEL_BYTES = 0.5e9
 
 
 def estimated_seconds(job: Job, conditions: Conditions, budget: float, with_memory: bool) -> float:
     """About how long a job takes."""
     dtype = getattr(torch, job.dtype)
     if conditions.device.type == "cuda":
-        return GPU_JOB_SECONDS + GPU_COMPILE_SECONDS * sum(provider.compiled for provider in job.providers)
+        each = sum(GPU_PROVIDER_SECONDS + provider.compile_seconds for provider in job.providers)
+        parameters = job.benchmark.parameters
+        weights = 0 if parameters is None else parameters(job.case.sizes) * dtype.itemsize
+        return GPU_JOB_SECONDS + each + weights / GPU_MODEL_BYTES
     sizes = job.case.sizes
     free = memory.available(conditions.device)
     cost = job.benchmark.cost

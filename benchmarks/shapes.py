@@ -6,16 +6,23 @@ from mgllava_kernels._workloads import IMAGE_WIDTH, LEVEL, MODEL_WIDTH, PICTURE,
 
 PUBLISHED = "published sizes: MG-LLaVA, arXiv 2406.17770, with CLIP ViT-L/14 at 336 px, ConvNeXt-L at 768 px, Vicuna-7B"
 PYRAMID = "finest level of torchvision's feature pyramid for two pictures of 1216 x 800 px"
+LEVELS = "levels of torchvision's feature pyramid for one picture of 1216 x 800 px"
 
 # Growth curves: what varies, and what stays.
 BOX_COUNTS = (0, 1, 10, 100, 300, 1000)
 PICTURE_COUNTS = (1, 2, 4, 8, 16)
 CANVASES = (384, 512, 768, 1024, 1536)
+# Of plain RoIAlign: boxes of one picture, and the three finest levels of the pyramid, their heights in proportion.
+REGION_COUNTS = (0, 1, 10, 100, 300)
+MAP_SIZES = ((200, 304), (100, 152), (50, 76))
 CURVES = {
     "boxes": {"images": 1, "canvas": PICTURE},
     "images": {"boxes": 10, "canvas": PICTURE},
     "canvas": {"images": 1, "boxes": 10},
+    "width": {"images": 1, "boxes": 100},
 }
+# What grows with an axis.
+TOGETHER = {"width": "height"}
 
 Sizes = dict[str, int]
 ALL_MODES = ("forward", "backward", "both")
@@ -114,6 +121,7 @@ def _distinct(cases: list[Case]) -> tuple[Case, ...]:
 
 
 def _region_cases() -> tuple[Case, ...]:
+    """The published shapes, and forward passes along the growth curves."""
     images, channels, height, width = LEVEL
     cases: list[Case] = []
     for noun, _, boxes, side, ratio, aligned in REGIONS:
@@ -123,6 +131,13 @@ def _region_cases() -> tuple[Case, ...]:
         cases.append(
             Case(name, sizes, PYRAMID, quick=(boxes, side, ratio) == (512, 7, 2) and noun == "boxes")
         )
+    grown = [(count, MAP_SIZES[0]) for count in REGION_COUNTS]
+    grown += [(100, size) for size in MAP_SIZES[1:]]
+    for boxes, (height, width) in grown:
+        name = f"1 picture, {_counted(boxes, 'box', 'boxes')} to 7x7 of {height} x {width} cells"
+        sizes = {"images": 1, "channels": channels, "height": height, "width": width, "boxes": boxes}
+        sizes |= {"side": 7, "ratio": 2, "aligned": 0, "large": 0}
+        cases.append(Case(name, sizes, LEVELS, ("forward",)))
     return tuple(cases)
 
 

@@ -9,9 +9,17 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Function, Inputs, Provider, package_providers
+from benchmarks.benchmark import (
+    Benchmark,
+    Function,
+    Inputs,
+    Provider,
+    all_threads,
+    code_of,
+    package_providers,
+)
 from benchmarks.first_token import make_inputs
-from benchmarks.models import encoded, original_flow, reference_flow
+from benchmarks.models import encoded, original_flow, parameters, reference_flow, threaded_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import TINY_MODEL, TRAINING_STEP, Sizes
 
@@ -53,12 +61,24 @@ BENCHMARK = Benchmark(
         Provider(
             "original", partial(_composed, original_flow), extra_flow, too_many_bins, cpu_note=ONE_THREAD
         ),
+        all_threads("original", partial(_composed, threaded_flow), extra_flow),
         *package_providers(_package),
     ),
     function=_package,
+    code=code_of(
+        "training_step",
+        "first_token",
+        "models",
+        "neck",
+        "conv_gate",
+        "original_repository",
+        "pooled_roi_align",
+        "projectors",
+        model=True,
+    ),
     reference=partial(_composed, reference_flow),
     in_float64=False,
+    parameters=parameters,
     graph=False,  # transformers waits for the device
-    code=MODELS_CODE,
     rate=("pictures_per_second", lambda sizes: sizes["images"]),
 )

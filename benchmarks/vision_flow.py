@@ -3,8 +3,16 @@
 import torch
 
 from benchmarks import original
-from benchmarks.benchmark import MODELS_CODE, Benchmark, Inputs, original_providers, package_providers
-from benchmarks.models import make_model, original_flow, package_flow, picture_inputs, reference_flow
+from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
+from benchmarks.models import (
+    make_model,
+    original_flow,
+    package_flow,
+    parameters,
+    picture_inputs,
+    reference_flow,
+    threaded_flow,
+)
 from benchmarks.shapes import TINY_MODEL, VISION_FLOW, Sizes, model_width, tokens_of
 
 
@@ -23,12 +31,28 @@ BENCHMARK = Benchmark(
     inputs=_inputs,
     output_shapes=_output_shapes,
     providers=(
-        *original_providers(original_flow, original.extra_flow, original.too_many_bins, original.ONE_THREAD),
+        *original_providers(
+            original_flow,
+            original.extra_flow,
+            original.too_many_bins,
+            original.ONE_THREAD,
+            threaded_flow,
+        ),
         *package_providers(package_flow),
     ),
     function=package_flow,
+    code=code_of(
+        "vision_flow",
+        "models",
+        "neck",
+        "conv_gate",
+        "original_repository",
+        "pooled_roi_align",
+        "projectors",
+        model=True,
+    ),
     reference=reference_flow,
     in_float64=False,
+    parameters=parameters,
     rate=("pictures_per_second", lambda sizes: sizes["images"]),
-    code=MODELS_CODE,
 )

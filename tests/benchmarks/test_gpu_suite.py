@@ -316,11 +316,12 @@ def test_a_killed_suite_goes_on_inside_the_part_it_was_in(tmp_path, number):
 def test_commands_do_not_see_settings_that_change_what_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("MGLLAVA_KERNELS", "reference")
+    monkeypatch.setenv("MGLLAVA_KERNELS_CONFIGS", "somewhere")
     code = "import os; assert not {'TRITON_INTERPRET', 'MGLLAVA_KERNELS'} & set(os.environ)"
     code += "; assert os.environ['MGLLAVA_KERNELS_CONFIGS'] == 'tuned'; import benchmarks"
-    run = suite(
-        tmp_path, Part("a", "", 1, (step("sees", code, environment=(("MGLLAVA_KERNELS_CONFIGS", "tuned"),)),))
-    )
+    bare = "import os; assert 'MGLLAVA_KERNELS_CONFIGS' not in os.environ"
+    steps = (step("sees", code, environment=(("MGLLAVA_KERNELS_CONFIGS", "tuned"),)), step("bare", bare))
+    run = suite(tmp_path, Part("a", "", 1, steps))
     run.run()
     assert statuses(run) == [PASS], (tmp_path / "output" / "logs" / "sees.log").read_text()
 
@@ -333,6 +334,21 @@ def test_without_a_gpu_it_says_so_and_ends_with_2():
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert "finds no GPU" in result.stderr
+
+
+def test_what_keeps_torch_from_the_gpu_is_told(monkeypatch, capsys):
+    def probed(code: str) -> str:
+        monkeypatch.setattr(gpu_suite, "FIND_GPU", code)
+        assert gpu_suite.main([]) == gpu_suite.NO_GPU
+        return capsys.readouterr().err
+
+    told = probed("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    assert "status 1" in told
+    assert "ImportError: libcudart.so.13: cannot open shared object file" in told
+    told = probed("import sys; sys.stderr.write('the driver is too old'); print('null')")
+    assert "torch finds no GPU here\nthe driver is too old" in told
+    monkeypatch.setattr(gpu_suite, "FIND_SECONDS", 0.1)
+    assert "did not say within 0.1 s" in probed("import time; time.sleep(60)")
 
 
 def test_the_plan_keeps_its_promises(tmp_path, capsys):
@@ -393,9 +409,10 @@ def test_every_benchmark_of_the_plan_has_cases_and_covers_the_acceptance(tmp_pat
         if "to 7x7" not in case
     }
     parts = {part.name: steps for part, steps in measuring(tmp_path)}
-    assert list(parts) == ["verdict", "benchmarks", "curves", "models"]
-    for name, more in (("verdict", set()), ("benchmarks", {"float32", "bfloat16"})):
-        jobs = [job for one in parts[name] for job in jobs_of(one)]
+    assert list(parts) == ["verdict", "benchmarks", "rivals", "curves", "models"]
+    tuned = parts["benchmarks"] + parts["rivals"]
+    for steps, more in ((parts["verdict"], set()), (tuned, {"float32", "bfloat16"})):
+        jobs = [job for one in steps for job in jobs_of(one)]
         measured = {(job.benchmark.name, job.case.name, job.dtype, job.mode) for job in jobs}
         small = {
             ("roi_align", f"{boxes} boxes to 7x7, ratio 2", dtype, mode)
@@ -407,17 +424,45 @@ def test_every_benchmark_of_the_plan_has_cases_and_covers_the_acceptance(tmp_pat
 
 
 def test_the_rival_that_the_acceptance_names_is_measured_with_the_others(tmp_path):
-    """In one run with this package, or there would be no ratio; the verdict needs each of its two cases."""
-    (steps,) = [steps for part, steps in measuring(tmp_path) if part.name == "benchmarks"]
-    rival = "original max-autotune"
+    """In one run with this package, or there would be no ratio."""
+    steps = [
+        one for part, steps in measuring(tmp_path) if part.name in ("benchmarks", "rivals") for one in steps
+    ]
     compared = {
-        job.case.name
+        (rival, job.benchmark.name, job.case.name)
+        for rival in ("original compiled", "original max-autotune")
         for one in steps
         for job in jobs_of(one)
-        if job.benchmark.name == "conv_gate"
-        and {rival, "original", "triton"} <= {provider.name for provider in job.providers}
+        if {rival, "original", "triton"} <= {provider.name for provider in job.providers}
+        and job.mode == "forward"
     }
-    assert compared == {"1 picture", "32 pictures"}
+    products = {
+        ("conv_gate", "1 picture"),
+        ("conv_gate", "32 pictures"),
+        *(("projectors", case) for case in ("1 picture", "8 pictures", "32 pictures")),
+    }
+    pooled = {("pooled_roi_align", case) for case in (gpu_suite.ALL_BOXES, "1 picture, 100 boxes")}
+    assert compared == {
+        *(("original max-autotune", *case) for case in products),
+        *(("original compiled", *case) for case in products | pooled),
+    }
+
+
+def test_the_original_repository_is_asked_for_where_it_is_there(tmp_path, monkeypatch):
+    def asked() -> set[tuple[str, str]]:
+        return {
+            (part.name, job.case.name)
+            for part, steps in measuring(tmp_path)
+            for one in steps
+            for job in jobs_of(one)
+            if any(provider.name == "original repository" for provider in job.providers)
+        }
+
+    monkeypatch.delenv("MGLLAVA_ORIGINAL_REPOSITORY", raising=False)
+    assert asked() == set()
+    monkeypatch.setenv("MGLLAVA_ORIGINAL_REPOSITORY", "/somewhere")
+    parts = ("verdict", "benchmarks", "rivals")
+    assert asked() == {(part, case) for part in parts for case in ("1 picture", "32 pictures")}
 
 
 def test_what_the_commands_say_that_they_take_fits_the_limits(tmp_path):
@@ -434,6 +479,20 @@ def test_what_the_commands_say_that_they_take_fits_the_limits(tmp_path):
             assert estimate <= 60 * one.at_most, f"{one.name}: {estimate / 60:.2f} min"
             total += estimate
         assert total <= 60 * part.minutes, f"{part.name}: {total / 60:.2f} min"
+
+
+def test_a_large_model_takes_longer_than_an_op(tmp_path):
+    """As long as its weights say; the one whose rate people ask for comes right behind the towers."""
+    import torch
+
+    from benchmarks.runner import GPU_MODEL_BYTES, estimated_seconds
+
+    conditions = types.SimpleNamespace(device=torch.device("cuda"))
+    (steps,) = [steps for part, steps in measuring(tmp_path) if part.name == "models"]
+    jobs = [job for one in steps for job in jobs_of(one)]
+    seconds = {job.benchmark.name: estimated_seconds(job, conditions, 1.0, True) for job in jobs}
+    assert list(seconds)[:2] == ["vision_flow", "generation"]
+    assert seconds["generation"] > 13e9 / GPU_MODEL_BYTES > 2 * seconds["vision_flow"]
 
 
 def test_every_command_of_the_plan_knows_its_options(tmp_path):

@@ -79,6 +79,19 @@ def test_published_models_have_published_sizes():
     assert ours.high_res_config.model_kwargs["depths"] == [3, 3, 27, 3]  # ConvNeXt-L
 
 
+def test_parameters_are_counted_without_a_model():
+    """Making one of published size takes 13 GB."""
+    from transformers.initialization import no_init_weights
+
+    from benchmarks.models import config_of, parameters
+    from mgllava import MGLlavaForConditionalGeneration
+
+    sizes = next(case.sizes for case in MODELS["first_token"].cases if case.gpu_only)
+    with torch.device("meta"), no_init_weights():
+        model = MGLlavaForConditionalGeneration(config_of(sizes))
+    assert parameters(sizes) == pytest.approx(sum(one.numel() for one in model.parameters()), rel=0.01)
+
+
 def test_the_op_benchmarks_hand_over_what_the_towers_do():
     """The strides of tokens and stage maps decide which kernels run."""
     problem, _ = problem_of("vision_flow")

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import check, literal, memory, original, original_repository, roofline, rows, runner
+from benchmarks import check, literal, memory, original, original_repository, roofline, rows, runner, threaded
 from benchmarks.benchmark import Provider, make_call, make_problem
 from benchmarks.registry import BENCHMARKS, OPS
 from benchmarks.shapes import ALL_MODES, Case
@@ -37,6 +38,17 @@ def test_every_provider_computes_the_op(name, mode):
     assert {one.name for one in checked} >= {benchmark.providers[0].name, "torch"}
     for one in checked:
         assert check.check(held_to, one.function, problem, mode) < 1e-5
+
+
+def test_plain_roi_align_begins_its_curve_without_boxes():
+    benchmark = BENCHMARKS["roi_align"]
+    sizes = next(case.sizes for case in benchmark.cases if case.sizes["boxes"] == 0)
+    problem = make_problem(benchmark, sizes | {"channels": 4}, torch.float32, CPU)
+    held_to = check.standard(benchmark, sizes, problem, "forward", benchmark.providers[0].function)
+    for one in benchmark.providers:
+        if runs_here(one, "forward", "float32"):
+            assert check.check(held_to, one.function, problem, "forward") == 0
+    assert benchmark.cost(sizes, torch.float32, "forward").bytes == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -97,7 +109,8 @@ WITH_OBJECTS = (
 def test_the_original_is_not_started_beyond_what_torchvision_counts(name):
     """300 boxes give 2.7e9 elements: torchvision's RoIAlign overflows and ends the process."""
     published = {"images": 1, "canvas": 768}
-    for provider in [one.name for one in BENCHMARKS[name].providers if one.name.startswith("original")]:
+    whole = {"original", "original compiled", "original max-autotune"}
+    for provider in whole & {one.name for one in BENCHMARKS[name].providers}:
         impossible = provider_of(name, provider).impossible
         assert impossible(published | {"boxes": 237}) is None
         assert "2,147,483,647 elements" in impossible(published | {"boxes": 238})
@@ -245,6 +258,51 @@ def test_the_reference_in_pieces_is_the_composition_in_one(boxes, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("side", "ratio", "aligned"), [(7, 2, False), (5, -1, True)])
+@pytest.mark.parametrize("count", [0, 1, 21])
+def test_torchvision_on_all_threads_is_torchvision(side, ratio, aligned, count, monkeypatch):
+    """In parts of a few boxes and of a few channels, with boxes of any picture in any order."""
+    from torchvision.ops import roi_align
+
+    monkeypatch.setattr(threaded, "BOXES", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    maps = torch.randn(2, 8, 12, 10).requires_grad_()
+    index = torch.arange(count).remainder(2).unsqueeze(1)
+    boxes = torch.cat([index, torch.rand(count, 4).mul(20).cumsum(1)], dim=1)
+    options = (side, 0.25, ratio, aligned)
+    found, expected = threaded.roi_align(maps, boxes, *options), roi_align(maps, boxes, *options)
+    assert torch.equal(found, expected)
+    grad = torch.randn_like(expected)
+    (own,), (right,) = (torch.autograd.grad(one, maps, grad) for one in (found, expected))
+    torch.testing.assert_close(own, right, rtol=1e-6, atol=1e-6)
+    of_each = [boxes[boxes[:, 0] == picture, 1:] for picture in (0, 1)]
+    assert torch.equal(threaded.roi_align(maps, of_each, *options), roi_align(maps, of_each, *options))
+
+
+def test_a_rival_on_all_threads_uses_them_and_runs_on_a_cpu_only(monkeypatch):
+    import torchvision
+
+    threads, align = set(), torchvision.ops.roi_align
+    problem = make_problem(
+        BENCHMARKS["roi_align"], BENCHMARKS["roi_align"].tiny | {"boxes": 64}, torch.float32, CPU
+    )
+    waiting = threading.Barrier(2, timeout=60)
+
+    def watched(*arguments, **options):
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            waiting.wait()  # nobody takes all the parts
+        return align(*arguments, **options)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torchvision.ops, "roi_align", watched)
+    provider = provider_of("roi_align", "torchvision, all threads")
+    make_call(provider.function, problem, "forward")()
+    assert len(threads) == 2
+    assert provider.obstacle(CPU, "float32", "forward", by_name=False) is None
+    assert "GPU" in provider.obstacle(torch.device("cuda"), "float32", "forward", by_name=True)
+
+
 PIECES_AND_WHOLE = (literal.pooled_roi_align, original.pooled_roi_align)
 
 
@@ -270,6 +328,9 @@ def run(monkeypatch, tmp_path):
     ceilings = roofline.Ceilings("a CPU", 1e10, {"float32": 1e11}, "a test")
     monkeypatch.setattr(roofline, "measure_ceilings", lambda *arguments: ceilings)
     monkeypatch.setattr(memory, "apart", lambda *arguments: 1000)
+    monkeypatch.setattr(
+        runner, "WATCHED_SECONDS", 1e9
+    )  # also where a busy machine takes seconds for an import
     return invoke
 
 
@@ -277,7 +338,7 @@ def test_a_run_times_what_is_right_and_says_why_the_rest_has_no_times(run):
     result, rows = run()
     assert result.exit_code == 0, result.output
     assert set(rows) == {one.name for one in BENCHMARKS["pooled_roi_align"].providers}
-    for name in ("original", "torch"):
+    for name in ("original", "original, all threads", "torch"):
         assert rows[name]["milliseconds"]["median"] > 0
         assert rows[name]["samples"] >= 3
         assert rows[name]["extra_bytes"] == 1000
@@ -291,6 +352,31 @@ def test_a_run_times_what_is_right_and_says_why_the_rest_has_no_times(run):
     assert "needs a GPU" in rows["triton"]["reason"]
     assert "--provider" in rows["original compiled"]["reason"]
     assert rows["triton"]["milliseconds"] is None
+
+
+def test_floors_are_those_of_the_better_of_two_measurements(run, monkeypatch):
+    """Before and after; where they differ by more than a twentieth, the rows say so."""
+
+    def rows_with(*bandwidths: float) -> dict:
+        measured = iter(bandwidths)
+        monkeypatch.setattr(
+            roofline,
+            "measure_ceilings",
+            lambda *arguments: roofline.Ceilings("a CPU", next(measured), {"float32": 1e11}, "a test"),
+        )
+        return run("--fresh")[1]
+
+    for bandwidths in ((2e10, 1e10), (1e10, 2e10)):
+        found = rows_with(*bandwidths)
+        for row in found.values():
+            assert row["bandwidth"] == 2e10
+            assert row["floor_ms"] == max(row["bytes"] / 2e10, row["flops"] / 1e11) * 1e3
+            assert "rates changed meanwhile: bandwidth" in row["note"]
+        share = found["torch"]["floor_ms"] / found["torch"]["milliseconds"]["median"]
+        assert found["torch"]["share"] == pytest.approx(share)
+    found = rows_with(1e10, 1.04e10)
+    assert {row["bandwidth"] for row in found.values()} == {1.04e10}
+    assert not any("rates changed" in (row["note"] or "") for row in found.values())
 
 
 def test_a_broken_kernel_is_not_timed_and_fails_the_run(run, monkeypatch):
@@ -388,13 +474,28 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run, monkeypatch):
 
 def test_a_provider_that_is_named_is_measured_beside_what_it_is_compared_with(run):
     run()
-    result, rows = run("--provider", "original compiled", "--fresh")
+    result, rows = run("--provider", "original compiled", "--provider", "original, all threads", "--fresh")
     assert result.exit_code == 0, result.output
     timed = {name for name, row in rows.items() if row["milliseconds"] is not None}
-    assert timed == {"original", "original compiled", "torch"}
+    assert timed == {"original", "original, all threads", "original compiled", "torch"}
     assert len({rows[name]["run"] for name in timed}) == 1
     result, _ = run()
     assert "0 measurements, about 0 min" in result.output
+
+
+def test_a_provider_that_is_not_asked_for_has_a_row_that_says_so(run):
+    _, found = run("--provider", "torch")
+    left_out = {name for name, row in found.items() if row["reason"] == runner.NOT_ASKED_FOR}
+    assert left_out == set(found) - {"original", "torch"}
+    assert set(found) == {one.name for one in BENCHMARKS["pooled_roi_align"].providers}
+    result, found = run()
+    assert "1 measurements" in result.output
+    assert found["original, all threads"]["milliseconds"]
+    assert "--provider" in found["original compiled"]["reason"]
+    # What is known of them is no less true when they are left out next time.
+    _, found = run("--provider", "torch", "--fresh")
+    assert found["original, all threads"]["milliseconds"]
+    assert "--provider" in found["original compiled"]["reason"]
 
 
 def test_times_and_precision_of_a_run(run, monkeypatch, tmp_path):
@@ -495,8 +596,9 @@ def test_the_original_repository_runs_on_request(monkeypatch, tmp_path):
 
 
 def test_a_run_says_how_far_it_is_and_quick_ends_with_the_answer(run):
-    result, _ = run("--quick")
+    result, found = run("--quick")
     assert result.exit_code == 0, result.output
+    assert runner.NO_MEMORY in found["torch"]["note"]
     assert "1/1, 0 of 1 min: pooled_roi_align, tiny, float32, forward" in result.output
     assert "load " in result.output
     last = result.stdout.splitlines()[-1]

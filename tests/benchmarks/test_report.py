@@ -20,6 +20,12 @@ ROOT = Path(report.__file__).parents[1]
 LATER = "2026-01-02T10:00:00+00:00"
 CALM = {"min": 9.0, "p20": 9.5, "median": 10.0, "p80": 10.5, "max": 11.0}
 
+
+def calm(provider: str, median: float, make=row, **values) -> Row:
+    """A row whose times spread little."""
+    return make(provider, milliseconds={name: median / 10 * one for name, one in CALM.items()}, **values)
+
+
 with_plots = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib: draws plots"
 )
@@ -71,8 +77,13 @@ def test_the_device_s_own_rates_stand_beside_the_table():
     slow, fast = {"bandwidth": 11.94e9, "matmul_rate": 321e9}, {"bandwidth": 12.4e9, "matmul_rate": 321e9}
     text = report.markdown([row("original", **slow), row(**slow), row(case="another case", **fast)])
     assert "UTC; memory 11.9 to 12.4 GB/s; float32 matmul 321 GFLOP/s." in text
-    text = report.markdown([gpu_row(bandwidth=3.1e12, matmul_rate=8e14)])
-    assert "UTC; memory 3.1 TB/s; bfloat16 matmul 800 TFLOP/s." in text
+    text = report.markdown(
+        [
+            gpu_row(bandwidth=3.1e12, matmul_rate=8e14, tables="0123abcd", settings="MIG Disabled"),
+            gpu_row("original"),
+        ]
+    )
+    assert "UTC; tuned tables: 0123abcd; MIG Disabled; memory 3.1 TB/s; bfloat16 matmul 800 TFLOP/s." in text
 
 
 def test_what_numbers_should_be_read_with_stands_below_the_table():
@@ -87,7 +98,7 @@ def test_what_numbers_should_be_read_with_stands_below_the_table():
 
 def test_a_loss_is_said_as_plainly_as_a_win():
     text = report.markdown(
-        [row("original", 8.0, extra_bytes=10**8), row("torch", 10.0, extra_bytes=8 * 10**8)]
+        [calm("original", 8.0, extra_bytes=10**8), calm("torch", 10.0, extra_bytes=8 * 10**8)]
     )
     assert column(text, "1 picture, 10 boxes", "× original") == "**0.80, slower**"
     assert column(text, "1 picture, 10 boxes", "extra MB") == "**800.0, 8.0 times as much**"
@@ -106,6 +117,24 @@ def test_ratios_are_named_after_what_they_are_against():
     text = report.markdown([row("torchvision", 8.0, op="roi_align"), row("torch", 2.0, op="roi_align")])
     assert column(text, "1 picture, 10 boxes", "× torchvision") == "4.00"
     assert "× original |" not in text
+
+
+def test_the_better_torchvision_is_what_plain_roi_align_is_compared_with():
+    measured = [
+        row("torchvision", 8.0, op="roi_align"),
+        row("torchvision, all threads", 5.0, op="roi_align"),
+        row("torch", 2.0, op="roi_align"),
+    ]
+    text = report.markdown(measured)
+    assert column(text, "1 picture, 10 boxes", "× torchvision") == "2.50 (torchvision, all threads)"
+    assert "2.50 (torchvision, all threads)" in cells(report.readme(measured), "`roi_align`")[3]
+    slow_pool = [measured[0], dataclasses.replace(measured[1], milliseconds=CALM), measured[2]]
+    assert column(report.markdown(slow_pool), "1 picture", "× torchvision") == "4.00 (torchvision)"
+    # The original composition stays what the others are compared with; its threaded form is a rival by name.
+    original = [row("original", 8.0), row("original, all threads", 5.0), row("torch", 2.0)]
+    text = report.markdown(original)
+    assert column(text, "1 picture, 10 boxes", "× original") == "4.00"
+    assert column(text, "1 picture, 10 boxes", "× best rival") == "2.50 (original, all threads)"
 
 
 def test_times_that_spread_are_marked_with_their_number():
@@ -131,6 +160,13 @@ def test_a_ratio_is_of_one_run():
     assert one.speed_up(one.best_rival) is None
 
 
+def test_the_newest_row_of_a_case_is_kept_as_the_text_says(tmp_path):
+    rows.add([row("original", 9.0), row(commit="abc")], tmp_path)
+    rows.add([row(commit="def", run=LATER)], tmp_path)
+    assert [one.commit for one in rows.read_all(tmp_path) if one.provider == "torch"] == ["def"]
+    assert "holds the newest row of each case with its commit" in report.markdown(rows.read_all(tmp_path))
+
+
 def test_places_are_kept_apart():
     here, there = row("original", 10.0), row("torch", 1.0, device="another CPU")
     newer = row("torch", 1.0, versions={"torch": "2.15"})
@@ -147,8 +183,8 @@ def test_a_gpu_shows_times_and_the_best_rival():
         gpu_row("original", 30.0),
         gpu_row("original compiled", 8.0),
         gpu_row("original max-autotune", 6.0),
-        gpu_row("torch", 1.0),
-        gpu_row("triton", 2.0, share=0.625),
+        calm("torch", 1.0, gpu_row),
+        calm("triton", 2.0, gpu_row, share=0.625),
     ]
     text = report.markdown(measured)
     start = "1 picture, 10 boxes"
@@ -210,8 +246,10 @@ def test_rates_are_ratios_on_a_cpu_and_numbers_on_a_gpu():
     rate = "tokens_per_second"
     on_cpu = [row("original", 10.0, details={rate: 20.0}), row("torch", 8.0, details={rate: 25.0})]
     assert column(report.markdown(on_cpu), "1 picture, 10 boxes", rate) == "1.25 times the original's"
-    without_rival = report.markdown([row("mgllava", 8.0, details={rate: 25.0})])
-    assert column(without_rival, "1 picture, 10 boxes", rate) == "25 on this machine"
+    assert column(report.markdown(on_cpu[1:]), "1 picture, 10 boxes", rate) == "-"
+    for op in ("preprocessing", "conversion"):
+        own_work = [dataclasses.replace(one, op=op) for one in on_cpu]
+        assert column(report.markdown(own_work), "1 picture, 10 boxes", rate) == "25 on this machine"
     on_gpu = [gpu_row("original", 10.0, details={rate: 20.0}), gpu_row("triton", 8.0, details={rate: 25.0})]
     assert column(report.markdown(on_gpu), "1 picture, 10 boxes", rate) == "25"
 
@@ -339,20 +377,37 @@ def test_the_results_agree_with_their_rows():
     assert text == report.markdown(rows.read_all(), ablation=ablation)
 
 
+def test_a_loss_is_in_bold_only_if_it_is_sure():
+    def shown(ours: Row, original: Row) -> tuple[str, str]:
+        text = report.markdown([original, ours])
+        listed = text.partition("Where it is slower")[2].splitlines()[2]
+        return column(text, "1 picture", "× original"), listed.partition("forward: ")[2]
+
+    slow, original = calm("torch", 10.0), calm("original", 8.0)
+    unsure = ("0.80, slower", "0.80 times as fast as `original` (noisy, or of few times)")
+    assert shown(slow, original) == ("**0.80, slower**", "**0.80 times as fast** as `original`")
+    assert shown(slow, dataclasses.replace(original, samples=report.FEW - 1)) == unsure
+    noisy = dataclasses.replace(slow, milliseconds=slow.milliseconds | {"p80": 13.0})
+    assert shown(noisy, original) == unsure
+
+
 def test_the_readme_says_how_far_to_trust_a_ratio():
-    calm = row("original", 20.0, samples=2, milliseconds=CALM | {"median": 20.0})
+    original = row("original", 20.0, samples=2, milliseconds=CALM | {"median": 20.0})
     ours = row(samples=3, milliseconds=CALM)
     rival = row("another rival", 5.0, milliseconds=CALM | {"median": 5.0})
 
     def speed(*measured: Row) -> str:
         return cells(report.readme(measured), "`neck`")[3]
 
-    assert speed(dataclasses.replace(calm, samples=3), ours) == "2.00"
-    assert speed(calm, ours) == "2.00 (n = 3, original's 2)"
-    assert speed(dataclasses.replace(calm, samples=3), ours, rival) == "2.00 (best rival: **0.50, slower**)"
+    assert speed(dataclasses.replace(original, samples=3), ours) == "2.00"
+    assert speed(original, ours) == "2.00 (n = 3, original's 2)"
+    assert (
+        speed(dataclasses.replace(original, samples=3), ours, rival)
+        == "2.00 (best rival `another rival`: 0.50, slower)"
+    )
     noisy = dataclasses.replace(ours, milliseconds=CALM | {"p80": 13.0})
-    assert speed(dataclasses.replace(calm, samples=3), noisy) == "2.00, *noisy*"
-    assert column(report.markdown([calm, ours]), "1 picture", "n") == "3, original's 2"
+    assert speed(dataclasses.replace(original, samples=3), noisy) == "2.00, *noisy*"
+    assert column(report.markdown([original, ours]), "1 picture", "n") == "3, original's 2"
 
 
 def test_the_readme_names_who_was_never_timed_and_what_times_leave_out():
@@ -407,11 +462,11 @@ def test_the_readme_shows_ratios_conditions_and_losses(tmp_path):
         "`roi_align`",
         "large",
         "float32",
-        "**0.50, slower**, *noisy*",
+        "0.50, slower, *noisy*",
         "-",
         "-",
     ]
-    lost = "in 1 of 3 comparisons: `roi_align` **0.50 times as fast** as `torchvision` (large, float32, forward)."
+    lost = "in 1 of 3 comparisons: `roi_align` 0.50 times as fast as `torchvision` (noisy, or of few times) (large, "
     assert lost in text
     assert "a CPU, 2 threads; commit abc, def; 2026-01-01 10:00" in text
     assert "torch 2.11" in text
@@ -430,8 +485,8 @@ def test_the_readme_names_the_worst_loss_of_each_kind():
     measured = [gpu_row("original", 2.0, extra_bytes=10), gpu_row(median=1.0, extra_bytes=20)]
     for launch in ("eager", "graph"):
         for case, best in (("a", 0.9), ("b", 0.5), ("c", 2.0)):
-            rivals = [gpu_row("original", 4.0), gpu_row("original max-autotune", best), gpu_row("torch", 3.0)]
-            for one in (*rivals, gpu_row()):
+            times = {"original": 4.0, "original max-autotune": best, "torch": 3.0, "triton": 1.0}
+            for one in (calm(name, median, gpu_row) for name, median in times.items()):
                 measured.append(dataclasses.replace(one, op="conv_gate", case=case, launch=launch))
     text = report.readme(measured)
     assert (
@@ -574,6 +629,28 @@ def test_losses_are_bold_and_left_of_the_axis_as_in_the_tables():
 
 
 @with_plots
+def test_speed_ups_show_how_far_to_trust_them():
+    from benchmarks import plots
+
+    noted = {"note": "on one thread; noisy: p80 / p20 is 1.4"}
+    measured = [calm("original", 4.0, op="neck", **noted), calm("torch", 2.0, op="neck")]
+    measured += [row("original", 4.0, op="conv_gate"), calm("torch", 2.0, op="conv_gate")]
+    (place,) = places(measured)
+    figure = plots.speed_ups(compare(measured), place)
+    lines = figure.axes[0].get_lines()
+    dots = [line for line in lines if list(line.get_xdata()) == [2.0]]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True]
+    whiskers = [tuple(line.get_xdata()) for line in lines if line.get_marker() == "|"]
+    assert whiskers == [
+        pytest.approx((2 * 9.5 / 10.5, 2 * 10.5 / 9.5)),
+        pytest.approx((2 * 9.0 / 10.5, 2 * 12.5 / 9.5)),
+    ]
+    below = figure.get_supxlabel().splitlines()
+    assert below[0].startswith("Whiskers: p20 to p80. Hollow:")
+    assert below[1:] == ["'original': on one thread."]
+
+
+@with_plots
 def test_a_line_that_ends_early_is_named_there_and_the_reason_stands_below():
     from benchmarks import plots
 
@@ -585,6 +662,30 @@ def test_a_line_that_ends_early_is_named_there_and_the_reason_stands_below():
         assert set(names) == {"original", "this package"}
         assert names["original"].xy[0] == 100
         assert figure.get_supxlabel() == "neck: no original at 1,000: too large"
+
+
+@with_plots
+@pytest.mark.parametrize(
+    ("axis", "values", "words"),
+    [
+        ("boxes", (0, 1, 10, 100, 300), "1 picture, 304 cells wide"),
+        ("width", (76, 152, 304), "1 picture, 100 boxes"),
+    ],
+)
+def test_plain_roi_align_has_curves_too(axis, values, words):
+    from benchmarks import plots
+
+    measured = []
+    for case in BENCHMARKS["roi_align"].cases:
+        fixed = {"op": "roi_align", "case": case.name, "shape": case.sizes}
+        measured += [row("torchvision", 9.0, **fixed), row(**fixed)]
+        assert case.modes == ("forward",) or case.sizes["images"] == 2
+    (place,) = places(measured)
+    figure = plots.cost(compare(measured), place, axis)
+    (axes, *others) = [one for one in figure.axes if one.get_visible()]
+    assert others == []
+    assert [tuple(line.get_xdata()) for line in axes.get_lines()] == [values, values]
+    assert words in axes.get_xlabel()
 
 
 @with_plots
@@ -695,11 +796,17 @@ def test_launched_times_are_judged_where_a_graph_cannot_be_captured():
     )
 
 
-def test_projectors_without_cublas_have_no_verdict():
+def test_projectors_without_cublas_or_a_compiled_rival_have_no_verdict():
     line = next(line for line in acceptance.LINES if "best torch call" in line.text)
-    own = [
-        gpu_row(name, median, op="projectors", case=case, launch="graph")
-        for case in line.cases
-        for name, median in (("original", 3.0), ("triton", 1.0))
-    ]
-    assert line.judge(compare(own)).state == NOT_MEASURED
+
+    def state(*rivals: str) -> str:
+        own = [
+            gpu_row(name, 1.0 if name == "triton" else 3.0, op="projectors", case=case, launch="graph")
+            for case in line.cases
+            for name in ("original", "triton", *rivals)
+        ]
+        return line.judge(compare(own)).state
+
+    assert state() == state("cuBLAS bias") == state("original compiled") == NOT_MEASURED
+    assert state("cuBLAS bias", "original compiled") == MET
+    assert state("cuBLAS bias", "original max-autotune") == MET

@@ -1,7 +1,9 @@
 """The runner on a GPU that a fake stands for: rows of each launch, and what happens when something fails."""
 
+import ast
 import dataclasses
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,6 +378,7 @@ def test_times_without_neighbours_are_measured_again():
 def test_memory_of_slow_calls_is_that_of_a_timed_one(monkeypatch):
     monkeypatch.setattr(memory, "apart", lambda *_: pytest.fail("a process of its own"))
     monkeypatch.setattr(runner.timing, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(runner.timing, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(runner, "WATCHED_SECONDS", 0.0)
     for row in Runner(CPU, CEILINGS, 0.0).measure(job_of(ORIGINAL, TORCH)):
         assert row.samples == runner.timing.SLOW_ROUNDS
@@ -426,6 +429,33 @@ def test_a_reason_counts_as_measured_only_while_it_stands():
     assert not settled(large, refused, free=80 << 30)
 
 
+def test_tuned_tables_are_part_of_the_conditions(monkeypatch, tmp_path):
+    """Of this device, whether they are the user's or the package's."""
+    monkeypatch.setenv(runner.tables.ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(runner.tables, "PACKAGE", tmp_path / "package")
+    assert runner.hash_of_tables("NVIDIA H200") is None
+    found = []
+    for folder in (tmp_path / "package", tmp_path):
+        path = runner.tables.path_of(folder, "roi_align", "NVIDIA H200")
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        found.append(runner.hash_of_tables("NVIDIA H200"))
+    path.write_text('{"entries": []}')
+    found.append(runner.hash_of_tables("NVIDIA H200"))
+    runner.tables.path_of(tmp_path, "roi_align", "NVIDIA H100").write_text("{}")
+    assert runner.hash_of_tables("NVIDIA H200") == found[-1]
+    assert len({*found, None}) == 4
+
+
+def test_rows_of_other_tuned_tables_are_measured_anew(cuda):
+    job = job_of(ORIGINAL, TORCH)
+    tuned = dataclasses.replace(GPU, tables="0123abcd", settings="MIG Disabled")
+    found = Runner(tuned, CEILINGS, 0.05).measure(job)
+    assert {(row.tables, row.settings) for row in found} == {("0123abcd", "MIG Disabled")}
+    assert runner.is_measured(job, tuned, found)
+    assert not runner.is_measured(job, GPU, found)
+
+
 def test_times_count_as_measured_and_failures_do_not():
     times = {"min": 1.0, "p20": 1.0, "median": 1.0, "p80": 1.0, "max": 1.0}
     assert not settled(TORCH, None)
@@ -434,6 +464,27 @@ def test_times_count_as_measured_and_failures_do_not():
     assert not settled(TORCH, row_of(TORCH, reason="failed: OutOfMemoryError: no memory"))
     assert not settled(TORCH, row_of(TORCH, reason="wrong: relative error", wrong=True))
     assert settled(TORCH, row_of(TORCH, reason=runner.LOST + "AcceleratorError"))
+
+
+def imported(name: str) -> set[str]:
+    """Modules of `benchmarks` that a module imports, and what those import."""
+    tree = ast.parse((Path(runner.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    found = {name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks"):
+            own = node.module.removeprefix("benchmarks").removeprefix(".")
+            for one in [own] if own else [alias.name for alias in node.names]:
+                found |= imported(one)
+    return found
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_code_of_a_benchmark_is_all_that_it_imports(name):
+    """But `shapes`: another size is another case."""
+    own = {path.removeprefix("benchmarks/").removesuffix(".py") for path in BENCHMARKS[name].code}
+    assert imported(name) - {"shapes"} <= own
+    assert own & {"check", "memory", "timing"} == {"check", "memory", "timing"}
+    assert not own & {"__main__", "report", "registry", "gpu_suite"}
 
 
 def test_the_version_of_the_code_without_git(monkeypatch, tmp_path):
@@ -448,9 +499,14 @@ def test_the_version_of_the_code_without_git(monkeypatch, tmp_path):
     monkeypatch.delenv("GIT_COMMIT")
     ops, models = version(OP.code), version(BENCHMARKS["generation"].code)
     assert ops.startswith("files-")
-    (tmp_path / "benchmarks/results/code.py").write_text("2")
-    (tmp_path / "benchmarks/report.py").write_text("2")
+    for name in ("results/code", "report", "__main__", "gpu_suite", "runner", "neck"):
+        (tmp_path / f"benchmarks/{name}.py").write_text("2")
     assert version(OP.code) == ops
+    for name in ("timing", "original", "pooled_roi_align"):
+        (tmp_path / f"benchmarks/{name}.py").write_text("2")
+        assert version(OP.code) != ops
+        ops = version(OP.code)
+    models = version(BENCHMARKS["generation"].code)
     # The model's code is no part of the ops'.
     (tmp_path / "mgllava/code.py").write_text("2")
     assert version(OP.code) == ops

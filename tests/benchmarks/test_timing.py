@@ -74,10 +74,31 @@ def test_noise_is_measured_again_and_the_calmest_attempt_counts():
     assert timing.quietest(minutes, 1.0, clock) == {"a": [1.0, 1.0, 9.0]}
 
 
+def test_a_fast_call_has_many_times_beside_a_slow_one():
+    clock = Clock()
+    first = iter([0.05] + [0.01] * 100)  # the slow one's data are in the caches
+
+    def fast():
+        clock.now += next(first)
+
+    seconds, _ = timing.in_rounds({"slow": clock.call("slow", 3.0), "fast": fast}, budget=1.0, clock=clock)
+    assert len(seconds["slow"]) == timing.MIN_ROUNDS
+    assert len(seconds["fast"]) > 10 * timing.MIN_ROUNDS
+    assert {round(one, 6) for one in seconds["fast"]} == {0.01}
+
+
+def test_a_turn_ends_after_its_time_and_keeps_its_first_call_beside_fast_ones():
+    clock = Clock()
+    calls = {"a": clock.call("a", 0.0625), "b": clock.call("b", 0.125)}
+    seconds, _ = timing.in_rounds(calls, budget=0.0, clock=clock)
+    assert "".join(clock.calls) == "aaaabb" + "bbaaaa" + "aaaabb"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 12, "b": 6}
+
+
 def test_a_short_call_gets_a_bounded_number_of_rounds():
     clock = Clock()
     seconds, _ = timing.in_rounds({"fast": clock.call("fast", 1e-6)}, budget=1e9, clock=clock)
-    assert len(seconds["fast"]) == timing.MAX_ROUNDS
+    assert len(seconds["fast"]) == timing.MAX_ROUNDS * timing.TURN_CALLS
 
 
 def test_quantiles_are_milliseconds():
