@@ -3,13 +3,16 @@
     python -m benchmarks.ablation            # goes on where it stopped
     python -m benchmarks.ablation --report   # table and plot of what is there
 
-Every arm starts from the same towers and the same language model (stage 0 of the embedded model), sees the same
-scenes and questions, and takes the same number of steps in stages 1 and 2. Arms differ in what they are shown or in
-how they fuse; seeds differ in the neck's first weights and in the order of the data.
+Every arm starts from the towers and the language model of stage 0 that the embedded model was made of (both are
+shipped), sees the same scenes and questions, and takes the same number of steps in stages 1 and 2. Arms differ in what
+they are shown or in how they fuse; seeds differ in the neck's first weights and in the order of the data.
 """
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +51,25 @@ SEEDS = (1, 2, 3)
 TEST_SCENES = 2000
 
 
-def recipes(arm: Arm, seed: int, folder: Path = RUNS) -> tuple[dict[str, Any], dict[str, Any]]:
+def parts(folder: Path) -> dict[str, str]:
+    """Stage 0 of the embedded model, in the form of published parts.
+
+    Args:
+        folder: where the towers are written, if they are not there yet.
+    """
+    from mgllava.chat import load_model
+    from mgllava.embedded import LANGUAGE_MODEL, MODEL
+    from mgllava.pretraining.parts import write_high_res_tower, write_vision_tower
+
+    towers = {name: folder / name for name in ("vision_tower", "high_res_tower")}
+    if not all(path.is_dir() for path in towers.values()):
+        model, _ = load_model(str(MODEL), "float32", "cpu")
+        write_vision_tower(model.model.vision_tower, towers["vision_tower"])
+        write_high_res_tower(model.model.high_res_tower, towers["high_res_tower"])
+    return {name: str(path) for name, path in towers.items()} | {"language_model": str(LANGUAGE_MODEL)}
+
+
+def recipes(arm: Arm, seed: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stages 1 and 2 of an arm: the embedded model's recipes, shorter, with the arm's own settings."""
     from mgllava.training import load_recipe
 
@@ -62,7 +83,7 @@ def recipes(arm: Arm, seed: int, folder: Path = RUNS) -> tuple[dict[str, Any], d
         "save_every": 200,
     }
     first |= shared | {"output": str(output / "stage-1"), "max_steps": STEPS[0]}
-    first["parts"] |= {"fusion_variant": arm.variant}
+    first["parts"] |= parts(folder / "parts") | {"fusion_variant": arm.variant}
     second |= shared | {
         "output": str(output / "stage-2"),
         "neck": str(output / "stage-1" / "neck.safetensors"),
@@ -74,24 +95,37 @@ def recipes(arm: Arm, seed: int, folder: Path = RUNS) -> tuple[dict[str, Any], d
     return first, second
 
 
+def train(recipe: dict[str, Any]) -> Path:
+    """Run a recipe, or go on with it, with as many processes as its batch and the cores allow; where its result is."""
+    path = Path(recipe["output"]).with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(recipe))
+    processes = min(os.cpu_count() or 1, recipe["global_batch"] // recipe["per_device_batch"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["-m", "mgllava", "train", str(path)]
+    run = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    if run.returncode:
+        raise RuntimeError(f"{path} cannot be run; what it says stands above")
+    return Path(run.stdout.splitlines()[-1])
+
+
 STEPS = (600, 1200)
-SCENES = 12000
+SCENES = 10000
 
 
 def measure(arm: Arm, seed: int) -> dict[str, Any]:
     """Train an arm, or go on training it, and score it on test scenes."""
     from mgllava.chat import load_model
     from mgllava.scenes.evaluate import evaluate_answers
-    from mgllava.training import train
     from mgllava.training.log import training_seconds
-    from mgllava.training.recipe import recipe_from_dict
 
-    first, second = recipes(arm, seed)
-    seconds = 0.0
-    for stage in (first, second):
-        result = train(recipe_from_dict(stage))
-        seconds += training_seconds(stage["output"])
-    model, processor = load_model(str(result), "float32")
+    stages = recipes(arm, seed, RUNS)
+    for stage in stages:
+        result = train(stage)
+    seconds = sum(training_seconds(stage["output"]) for stage in stages)
+    model, processor = load_model(str(result), "float32", "cpu")
     scores = evaluate_answers(model, processor, num_scenes=TEST_SCENES, show=arm.show, progress=True)
     return {
         "arm": arm.name,

@@ -47,17 +47,33 @@ def friendly_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 @friendly_errors
-def demo() -> None:
-    """Look at a picture offline, on the CPU: an untrained miniature is converted and answers."""
+def demo(
+    output: Annotated[
+        Path, typer.Option(help="PNG file to write: the picture with the boxes the model gets.")
+    ] = Path("mgllava-demo.png"),
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            help="Find the boxes, for example with proposals. Default: those that came with the picture."
+        ),
+    ] = None,
+) -> None:
+    """Ask the embedded model about a picture, offline and on the CPU."""
     from .demo import run_demo
 
-    run_demo(console)
+    run_demo(console, output, detector)
 
 
 @app.command()
 @friendly_errors
 def chat(
-    model: Annotated[str, typer.Option(help="Folder that `mgllava convert` wrote, or a hub id.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder that `mgllava convert` wrote, or a hub id. Default: the embedded model, which knows scenes of "
+            "digits and shapes alone."
+        ),
+    ] = None,
     image: Annotated[
         list[str] | None, typer.Option(help="Picture to talk about: path or URL; may be repeated.")
     ] = None,
@@ -105,11 +121,25 @@ def chat(
         load_model,
         stdout_streamer,
     )
+    from .embedded import MODEL
     from .image_processing_mgllava import load_picture
     from .objects.detect import check_sources, draw_selections, gather_detections
 
     logging.disable_progress_bar()
     images = image or []
+    if model is None:
+        model, dtype = str(MODEL), "float32" if dtype == "auto" else dtype
+        console.print(
+            f"no --model: the embedded one answers, which knows scenes of digits and shapes alone ({MODEL})",
+            style="dim",
+            markup=False,
+            soft_wrap=True,
+        )
+        if images and not boxes and detector is None:
+            detector = "proposals"
+            console.print(
+                "no --boxes, no --detector: the detector without weights finds objects", style="dim"
+            )
     check_sources(len(images), boxes, detector, tags, detector_checkpoint, prompt)
     check_model_folder(model)
     # Everything that can be wrong with the input shows before the weights load.

@@ -1,53 +1,77 @@
-"""`mgllava demo`: the whole way from a published-style checkpoint and a picture file to an answer, offline."""
+"""`mgllava demo`: the embedded model looks at a shipped picture, offline and on the CPU."""
 
-import json
-import tempfile
 from pathlib import Path
 
 from rich.console import Console
 from transformers.utils import logging
 
 from .chat import ChatSession, check_backend, load_model, stdout_streamer
-from .conversion import convert_checkpoint
+from .embedded import MODEL, PICTURE, load_conversation
+from .files import replace_file
+from .image_processing_mgllava import load_picture
+from .objects.detect import check_detector, gather_detections
+from .objects.draw import explain_selection
 
-# The miniature checkpoint that the tests hold against the original implementation's values.
-FILES = Path(__file__).parent / "demo_files"
-QUESTION = "what is in the image ?"
+__all__ = ["run_demo"]
 
 
-def run_demo(console: Console) -> str:
-    """Convert the miniature checkpoint, show it its picture and stream its answer to standard output.
+def run_demo(console: Console, drawing: Path, detector: str | None = None) -> list[tuple[str, str, str]]:
+    """Ask the embedded model about its picture; questions and answers go to standard output as they come.
 
     Args:
-        console: where progress and explanations go.
+        console: where explanations go.
+        drawing: PNG file to write, the picture with the boxes the model gets.
+        detector: name of a detector that finds the boxes and needs no tags; None: those shipped with the picture.
 
     Returns:
-        The answer.
+        Question, answer and the right answer, of every turn.
+
+    Raises:
+        ValueError: an unknown detector, or a drawing that is no PNG file.
+        OSError: the drawing cannot be written, or the detector's weights are not there.
     """
-    logging.disable_progress_bar()
+    if drawing.suffix.lower() != ".png" or drawing.is_dir():
+        raise ValueError(f"--output is {drawing}; expected a file that ends in .png")
+    if detector is not None:
+        check_detector(detector, has_tags=False)
     check_backend("cpu")
-    detections = json.loads((FILES / "detections.json").read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder) / "miniature"
-        convert_checkpoint(
-            FILES / "mg_llava.pth",
-            llm=FILES / "llm",
-            clip=FILES / "clip",
-            convnext=FILES / "convnext",
-            output=converted,
-            template="vicuna",
-        )
-        model, processor = load_model(str(converted), device="cpu")
-        console.print(
-            "This miniature has every part of MG-LLaVA but is [bold]untrained[/]: it shows that the whole way works, "
-            "and its words mean nothing."
-        )
-        console.print(
-            f"picture:  {FILES / 'image.png'} with {len(detections['boxes'])} detections", markup=False
-        )
-        console.print(f"question: {QUESTION}", markup=False)
-        console.print("answer:", end=" ")
-        session = ChatSession(
-            model, processor, [str(FILES / "image.png")], [detections], max_new_tokens=12, do_sample=False
-        )
-        return session.ask(QUESTION, stdout_streamer(processor))
+    logging.disable_progress_bar()
+
+    conversation = load_conversation()
+    picture = load_picture(str(PICTURE))
+    found = gather_detections([picture], [PICTURE.name], detector=detector)
+    detections = conversation["detections"] if found is None else found[0]
+    model, processor = load_model(str(MODEL), "float32", "cpu")
+    with replace_file(drawing) as scratch:
+        explain_selection(picture, **detections, **processor.image_processor.selection).save(scratch, "png")
+
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    console.print(
+        f"This is MG-LLaVA in {parameters:.1f} million parameters, trained on scenes of digits and shapes alone: "
+        f"{MODEL / 'README.md'}",
+        markup=False,
+        soft_wrap=True,
+    )
+    source = "shipped" if detector is None else f"found by {detector}"
+    console.print(
+        f"picture: {PICTURE} with {len(detections['boxes'])} boxes {source}, drawn in {drawing}",
+        markup=False,
+        soft_wrap=True,
+    )
+    session = ChatSession(model, processor, [picture], [detections], max_new_tokens=12, do_sample=False)
+    streamer = stdout_streamer(processor)
+    turns = []
+    for turn in conversation["turns"]:
+        session.reset()
+        print(f"\n> {turn['question']}", flush=True)
+        answer = session.ask(turn["question"], streamer)
+        turns.append((turn["question"], answer, turn["answer"]))
+        if answer != turn["answer"]:
+            console.print(f"  (it is {turn['answer']})", style="dim", markup=False)
+    right = sum(answer == expected for _, answer, expected in turns)
+    console.print(
+        f"\n{right} of {len(turns)} answers are right. Ask more: mgllava chat --image {PICTURE}",
+        markup=False,
+        soft_wrap=True,
+    )
+    return turns

@@ -41,3 +41,19 @@ def converted_golden(golden_dir, tmp_path_factory) -> Path:
         template="vicuna",
     )
     return output
+
+
+@pytest.fixture
+def run():
+    """The command line, as a newcomer calls it."""
+    from typer.testing import CliRunner
+
+    from mgllava.cli import app
+
+    runner = CliRunner()
+
+    def invoke(*arguments, **kwargs):
+        # Rich folds long lines at the width of the terminal; a wide one keeps messages whole.
+        return runner.invoke(app, [str(a) for a in arguments], env={"COLUMNS": "500"}, **kwargs)
+
+    return invoke

@@ -7,22 +7,8 @@ import sys
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
-
-from mgllava.cli import app
 
 QUESTION = "what is in the image ?"
-
-
-@pytest.fixture
-def run():
-    runner = CliRunner()
-
-    def invoke(*arguments, **kwargs):
-        # Rich folds long lines at the width of the terminal; a wide one keeps messages whole.
-        return runner.invoke(app, [str(a) for a in arguments], env={"COLUMNS": "500"}, **kwargs)
-
-    return invoke
 
 
 @pytest.fixture
@@ -33,13 +19,6 @@ def picture(golden_dir):
 @pytest.fixture
 def boxes(golden_dir):
     return golden_dir / "end_to_end" / "detections.json"
-
-
-def test_demo_answers_offline_and_says_that_it_is_untrained(run):
-    result = run("demo")
-    assert result.exit_code == 0, result.output
-    assert "untrained" in result.stderr
-    assert result.stdout.strip()
 
 
 def test_chat_answers_a_prompt(run, converted_golden, picture, boxes):
