@@ -189,6 +189,7 @@ def test_parts_make_a_model_that_stage_1_and_2_train(parts, tmp_path):
             "template": "vicuna",
         },
         "features": str(tmp_path / "features"),
+        "precision": "float32",
         "max_steps": 2,
         "global_batch": 2,
         "per_device_batch": 2,
@@ -200,7 +201,15 @@ def test_parts_make_a_model_that_stage_1_and_2_train(parts, tmp_path):
     neck = train(recipe_from_dict(recipe))
     second = load_recipe("embedded-stage-2").to_dict() | {
         key: recipe[key]
-        for key in ("model", "features", "max_steps", "global_batch", "per_device_batch", "workers")
+        for key in (
+            "model",
+            "features",
+            "precision",
+            "max_steps",
+            "global_batch",
+            "per_device_batch",
+            "workers",
+        )
     }
     second |= {"neck": str(neck), "text_limit": 450, "output": str(tmp_path / "stage-2")}
     for source in second["data"]:
