@@ -40,8 +40,7 @@ def load_model(
     Raises:
         ValueError: if dtype or device is unknown, or the folder holds no MG-LLaVA model.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     check_model_folder(path)
     if device == "auto":
         device_map = "auto" if torch.cuda.is_available() else "cpu"
@@ -51,6 +50,12 @@ def load_model(
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device_map)
     return model.eval(), processor
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError if `load_model` knows no such dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def check_model_folder(path: str) -> None:

@@ -116,6 +116,7 @@ def chat(
     from .chat import (
         ChatSession,
         check_device,
+        check_dtype,
         check_model_folder,
         default_device,
         load_model,
@@ -124,6 +125,7 @@ def chat(
     from .embedded import MODEL
     from .image_processing_mgllava import load_picture
     from .objects.detect import check_sources, draw_selections, gather_detections
+    from .objects.pictures import Picture, check_drawings
 
     logging.disable_progress_bar()
     images = image or []
@@ -141,6 +143,11 @@ def chat(
                 "no --boxes, no --detector: the detector without weights finds objects", style="dim"
             )
     check_sources(len(images), boxes, detector, tags, detector_checkpoint, prompt)
+    check_dtype(dtype)
+    if draw is not None:
+        check_drawings(
+            draw, [], [Picture(name, os.path.abspath(name)) for name in images if os.path.exists(name)]
+        )
     check_model_folder(model)
     # Everything that can be wrong with the input shows before the weights load.
     pictures = [load_picture(name) for name in images]

@@ -22,7 +22,6 @@ PACKAGES = (
     "accelerate",
     "huggingface_hub",
     "pillow",
-    "opencv-python-headless",
 )
 
 
@@ -42,6 +41,7 @@ def examine() -> Report:
         ("mgllava", __version__),
         ("python", platform.python_version()),
         *((name, version or "not installed") for name, version in versions.items()),
+        ("opencv, for the detector `proposals`", _opencv(report)),
     ]
     report.sections["Devices"] = _devices()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,6 +55,19 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _opencv(report: Report) -> str:
+    """The version that imports: it comes in four packages, of which any will do."""
+    try:
+        cv2 = importlib.import_module("cv2")
+    except Exception as error:  # any failure of its own is what is to be reported
+        report.problems.append(
+            "the detector `proposals` cannot run: OpenCV does not import "
+            f"({type(error).__name__}: {error}). pip install opencv-python-headless"
+        )
+        return "not installed" if isinstance(error, ModuleNotFoundError) else "does not import"
+    return str(cv2.__version__)
 
 
 def _devices() -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..image_processing_mgllava import load_picture
-from .annotation_files import Found, PartFile, Parts, errors_file, parts_folder, stamp_of
+from .annotation_files import Found, PartFile, Parts, errors_file, parts_folder, run_lock, stamp_of
 from .boxes import check_detections
 from .detector import Detections, Detector
 from .draw import explain_selection
+from .drawings import drawing_name, save_drawing
+from .locks import hold_lock
 from .pictures import Picture
 from .processes import Processes, join_processes
 from .tags import Tagger
@@ -31,7 +34,6 @@ MOST_FAILED_IN_A_ROW = 20
 MOST_BROKEN_AT_FIRST = 3
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 MOST_WORKERS = 8
-LONGEST_NAME = 200  # of a drawing, in bytes; file systems take 255
 
 
 class Annotated(NamedTuple):
@@ -100,54 +102,71 @@ def annotate(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     output = Path(os.path.abspath(output))
+    _check_output(output, any(parts_folder(output).glob("process-*.jsonl")))
     processes = join_processes()
-    parts = Parts(output)
-    parts.check_settings(settings)
-    if output.exists() and not parts:
+    with _alone(output, processes):
+        parts = Parts(output)
+        parts.check_settings(settings)
+        _check_output(output, bool(parts))
+        share = _share(pictures, processes.index, processes.count)
+        stamps = {picture.path: stamp_of(picture) for picture in share}
+        todo = [picture for picture in share if not parts.has_boxes(picture, stamps[picture.path])]
+        failed_before = {picture.path for picture in todo if parts.has_failed(picture, stamps[picture.path])}
+        todo.sort(key=lambda picture: picture.path in failed_before)
+        any_found = len(parts) > 0
+        if any_found and progress and processes.is_main:
+            of = f" of process 1 of {processes.count}" if processes.count > 1 else ""
+            _say(
+                f"{len(share) - len(todo)} of {len(share)} pictures{of} were done before, by {parts_folder(output)}"
+            )
+        del parts  # of all processes' shares; a large data set has millions
+        if not processes.is_main:
+            pictures = share
+        if draw is not None:
+            draw = Path(draw)
+            draw.mkdir(parents=True, exist_ok=True)
+        if todo:
+            with PartFile(parts_folder(output), processes.index) as file:
+                detector, tagger = load()
+                if detector.needs_tags and tagger is None:
+                    raise ValueError(
+                        f"{detector.name} looks for the names it is given; give it a source of tags"
+                    )
+                Parts.keep_settings(output, settings)
+                if num_workers is None:
+                    num_workers = _idle_cores(processes)
+                run = _Run(detector, tagger, stamps, failed_before, any_found, draw)
+                with _bar(len(share), len(share) - len(todo), processes, progress) as bar:
+                    for batch in _batches(todo, batch_size, num_workers):
+                        file.append(run.find(batch))
+                        bar.update(len(batch))
+                        run.stop_if_broken()
+        if draw is not None:
+            _draw_missing(share, Parts(output), draw)
+        if progress and processes.is_main and processes.count > 1:
+            _say("waiting for the other processes")
+        processes.wait()
+        if not processes.is_main:
+            return None
+        num_pictures, num_boxes = Parts(output).merge(pictures, output)
+        return Annotated(output, num_pictures, num_boxes, len(pictures) - num_pictures, errors_file(output))
+
+
+def _check_output(output: Path, is_known: bool) -> None:
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; name the box file to write")
+    if output.exists() and not is_known:
         raise ValueError(
-            f"{output} exists, but not {parts_folder(output)}, where its pictures would be; remove it or name another "
-            "output"
+            f"{output} exists, but not of an earlier call: {parts_folder(output)} holds none of its boxes; name "
+            "another output, or remove the file if nobody needs it"
         )
-    share = _share(pictures, processes.index, processes.count)
-    stamps = {picture.path: stamp_of(picture) for picture in share}
-    todo = [picture for picture in share if not parts.has_boxes(picture, stamps[picture.path])]
-    failed_before = {picture.path for picture in todo if parts.has_failed(picture, stamps[picture.path])}
-    todo.sort(key=lambda picture: picture.path in failed_before)
-    any_found = len(parts) > 0
-    if any_found and progress and processes.is_main:
-        of = f" of process 1 of {processes.count}" if processes.count > 1 else ""
-        _say(
-            f"{len(share) - len(todo)} of {len(share)} pictures{of} were done before, by {parts_folder(output)}"
-        )
-    del parts  # of all processes' shares; a large data set has millions
-    if not processes.is_main:
-        pictures = share
-    if draw is not None:
-        draw = Path(draw)
-        draw.mkdir(parents=True, exist_ok=True)
-    if todo:
-        with PartFile(parts_folder(output), processes.index) as file:
-            detector, tagger = load()
-            if detector.needs_tags and tagger is None:
-                raise ValueError(f"{detector.name} looks for the names it is given; give it a source of tags")
-            Parts.keep_settings(output, settings)
-            if num_workers is None:
-                num_workers = _idle_cores(processes)
-            run = _Run(detector, tagger, stamps, failed_before, any_found, draw)
-            with _bar(len(share), len(share) - len(todo), processes, progress) as bar:
-                for batch in _batches(todo, batch_size, num_workers):
-                    file.append(run.find(batch))
-                    bar.update(len(batch))
-                    run.stop_if_broken()
-    if draw is not None:
-        _draw_missing(share, Parts(output), draw)
-    if progress and processes.is_main and processes.count > 1:
-        _say("waiting for the other processes")
-    processes.wait()
-    if not processes.is_main:
-        return None
-    num_pictures, num_boxes = Parts(output).merge(pictures, output)
-    return Annotated(output, num_pictures, num_boxes, len(pictures) - num_pictures, errors_file(output))
+
+
+@contextmanager
+def _alone(output: Path, processes: Processes) -> Iterator[None]:
+    with hold_lock(run_lock(output)) if processes.is_main else nullcontext():
+        processes.wait()  # none reads the lines of former runs before the main process holds them
+        yield
 
 
 class _Run:
@@ -191,7 +210,8 @@ class _Run:
                 found.append(Found(picture.path, stamp, error=result))
                 continue
             if self._draw is not None and isinstance(image, Image.Image):
-                explain_selection(image, **result.as_dict()).save(self._draw / _drawing_name(picture.id))
+                drawing = explain_selection(image, **result.as_dict())
+                save_drawing(drawing, self._draw / drawing_name(picture.id))
             found.append(Found(picture.path, stamp, result))
         return found
 
@@ -260,14 +280,14 @@ class _Run:
 
 def _draw_missing(share: Sequence[Picture], parts: Parts, folder: Path) -> None:
     """Draw the pictures that were done before and have no drawing yet."""
-    missing = [picture for picture in share if not (folder / _drawing_name(picture.id)).exists()]
+    missing = [picture for picture in share if not (folder / drawing_name(picture.id)).exists()]
     for picture, found in parts.found(missing):
         try:
             image = load_picture(Path(picture.path))
         except Exception as error:  # the file may have been damaged since
             _say(f"{picture.path} has boxes but cannot be drawn: {error}")
             continue
-        explain_selection(image, **found).save(folder / _drawing_name(picture.id))
+        save_drawing(explain_selection(image, **found), folder / drawing_name(picture.id))
 
 
 class _Read(Dataset):
@@ -282,6 +302,8 @@ class _Read(Dataset):
     def __getitem__(self, index: int) -> tuple[Picture, Image.Image | str]:
         picture = self._pictures[index]
         try:
+            if os.path.exists(picture.path) and not os.path.isfile(picture.path):
+                return picture, "it is a folder, a pipe or a device"  # the end of a pipe might never come
             image = load_picture(Path(picture.path))
         except Exception as error:  # whatever a decoder makes of a damaged file, it is this file's fault
             return picture, str(error.__cause__ or error) or type(error).__name__
@@ -323,7 +345,9 @@ def _share(pictures: Sequence[Picture], process: int, num_processes: int) -> lis
     for picture in pictures:
         first.setdefault(picture.path, picture)
     return [
-        picture for path, picture in first.items() if zlib.crc32(os.fsencode(path)) % num_processes == process
+        picture
+        for path, picture in first.items()
+        if zlib.crc32(path.encode(errors="surrogatepass")) % num_processes == process
     ]
 
 
@@ -347,10 +371,3 @@ def _bar(total: int, done: int, processes: Processes, progress: bool) -> tqdm:
 
 def _say(text: str) -> None:
     tqdm.write(f"detect: {text}", file=sys.stderr)
-
-
-def _drawing_name(id: str | int) -> str:
-    name = str(id).replace("%", "%25").replace("/", "%2F").encode(errors="replace")
-    if len(name) > LONGEST_NAME:
-        name = name[:LONGEST_NAME] + f"-{zlib.crc32(name):08x}".encode()
-    return f"{name.decode(errors='ignore')}.jpg"

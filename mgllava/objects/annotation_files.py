@@ -1,6 +1,5 @@
 """The files of an annotation: what is found so far, one line a picture, and the box file made of it."""
 
-import fcntl
 import json
 import os
 import zlib
@@ -13,9 +12,10 @@ from typing import Any, NamedTuple, Self
 
 from ..files import remove_scratch, replace_file
 from .detector import Detections
+from .locks import lock_file
 from .pictures import Picture
 
-__all__ = ["Found", "PartFile", "Parts", "errors_file", "parts_folder", "stamp_of"]
+__all__ = ["Found", "PartFile", "Parts", "errors_file", "parts_folder", "run_lock", "stamp_of"]
 
 SETTINGS = "settings.json"
 
@@ -27,14 +27,19 @@ def parts_folder(output: Path) -> Path:
 
 def errors_file(output: Path) -> Path:
     """Where it says which pictures have no entry in the box file, and why."""
-    return output.with_name(f"{output.stem}.errors.json")
+    return output.with_name(f"{output.name.removesuffix('.json')}.errors.json")
+
+
+def run_lock(output: Path) -> Path:
+    """What the main process of a run holds, so that no other run takes its scratch files away or adds to its lines."""
+    return parts_folder(output) / "lock"
 
 
 def stamp_of(picture: Picture) -> int | None:
     """A number that changes with the picture's file (its size or time of change) and question; None without a file."""
     try:
         status = os.stat(picture.path)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have is a ValueError
         return None
     state = f"{status.st_size} {status.st_mtime_ns} {picture.question}"
     return zlib.crc32(state.encode(errors="replace"))
@@ -73,7 +78,11 @@ class PartFile:
 
     def __enter__(self) -> Self:
         self._file = self.path.open("ab+", buffering=0)
-        self._lock()
+        try:
+            lock_file(self._file, self.path)
+        except OSError:
+            self._file.close()
+            raise
         if (
             self._file.seek(0, os.SEEK_END)
             and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n"
@@ -88,19 +97,6 @@ class PartFile:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            # Unlike flock's, this lock ends with this process, whatever processes it has started.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            self._file.close()
-            raise OSError(
-                f"another process writes {self.path}; wait for it or name another output, and start several processes "
-                "together by accelerate launch or torchrun"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
 
     def append(self, found: Iterable[Found]) -> None:
         """Add a line for each picture."""
@@ -281,11 +277,25 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
         for raw in file:
             try:
                 line = json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 line = None
-            if isinstance(line, dict) and "picture" in line and ("boxes" in line or "error" in line):
+            if _is_whole(line):
                 yield start, raw, line
             start += len(raw)
+
+
+def _is_whole(line: Any) -> bool:
+    """Whether it says of one picture what was found or why nothing was; a damaged line may still be JSON."""
+    if not isinstance(line, dict) or not isinstance(line.get("picture"), str):
+        return False
+    if "boxes" not in line:
+        return isinstance(line.get("error"), str)
+    columns = [line.get(key) for key in ("boxes", "scores", "labels")]
+    return (
+        all(isinstance(column, list) for column in columns)
+        and len({len(column) for column in columns}) == 1
+        and all(isinstance(box, list) and len(box) == 4 for box in columns[0])
+    )
 
 
 def _write_errors(path: Path, errors: list[dict[str, Any]]) -> None:

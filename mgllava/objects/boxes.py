@@ -158,7 +158,7 @@ def check_detections(
     values = _as_list(scores, "scores")
     try:
         scores = torch.tensor(values, dtype=torch.float32).reshape(-1)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"scores must be a list of numbers, one for each box: {error}") from error
     if len(scores) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(scores)} scores; every box needs one score")
@@ -190,7 +190,7 @@ def load_detections(
         FileNotFoundError: there is no such file.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if isinstance(content, list):

@@ -71,7 +71,7 @@ def detect(
     from ..chat import check_device
     from .annotate import annotate
     from .detectors import load_detector
-    from .pictures import check_drawings, find_pictures
+    from .pictures import check_box_file, check_drawings, find_pictures
     from .processes import join_processes
     from .tags import load_tagger
 
@@ -83,6 +83,7 @@ def detect(
         raise ValueError(
             f"tags are 'question', but {mute.path} comes without one; expected records, names, a file or a vocabulary"
         )
+    check_box_file(output, sources, found)
     if draw is not None:
         check_drawings(draw, sources, found)
     processes = join_processes()

@@ -11,6 +11,7 @@ from .boxes import load_detections
 from .detector import Detector
 from .detectors import DETECTORS, load_detector
 from .draw import explain_selection
+from .drawings import drawing_name, save_drawing
 from .tags import Tagger, load_tagger
 
 __all__ = [
@@ -142,8 +143,13 @@ def detect_missing(
         tags: names to look for: a list for all pictures, or one for each; None where the detector wants none.
 
     Raises:
-        ValueError: no tags for a detector that looks for names, tags for another, or not one list for each picture.
+        ValueError: no tags for a detector that looks for names, tags for another, not one list for each picture, or a
+            detector's name instead of a detector.
     """
+    if isinstance(detector, str):
+        raise ValueError(
+            f"detector is {detector!r}; expected a detector: mgllava.objects.load_detector({detector!r}) loads it"
+        )
     if detector.needs_tags and tags is None:
         raise ValueError(
             f"detector {detector.name!r} looks for the names it is given; add tags=['cat', 'dog']"
@@ -186,10 +192,9 @@ def draw_selections(
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for picture, found, name in zip(pictures, detections, names, strict=True):
-        path, number = folder / f"{name}.png", 2
+        path, number = folder / drawing_name(name, ".png"), 2
         while path in written:
-            path, number = folder / f"{name}-{number}.png", number + 1
-        drawn = picture if found is None else explain_selection(picture, **found, **selection)
-        drawn.save(path)
+            path, number = folder / drawing_name(f"{name}-{number}", ".png"), number + 1
+        save_drawing(picture if found is None else explain_selection(picture, **found, **selection), path)
         written.append(path)
     return written

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["SUFFIXES", "Picture", "check_drawings", "find_pictures"]
+__all__ = ["SUFFIXES", "Picture", "check_box_file", "check_drawings", "find_pictures"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
 
@@ -46,7 +46,7 @@ def find_pictures(
         questions: whether to read what the records ask: their `text`, or what the human says.
 
     Raises:
-        FileNotFoundError: a source that does not exist.
+        OSError: a source that does not exist, or a folder that cannot be read.
         ValueError: no picture at all, records that are malformed, or one id for several pictures.
     """
     paths: dict[str, None] = {}
@@ -73,12 +73,26 @@ def find_pictures(
     return _each_once(found)
 
 
+def check_box_file(output: str | Path, sources: Sequence[str | Path], pictures: Sequence[Picture]) -> None:
+    """Refuse a box file that would take the place of what is read.
+
+    Raises:
+        ValueError: it is one of `sources`, or one of the pictures.
+    """
+    place = os.path.realpath(output)
+    for read in (*sources, *(picture.path for picture in pictures)):
+        if os.path.basename(read) == os.path.basename(output) and os.path.realpath(read) == place:
+            raise ValueError(f"{output} is one of the files to read; name another for the boxes")
+
+
 def check_drawings(folder: str | Path, sources: Sequence[str | Path], pictures: Sequence[Picture]) -> None:
     """Refuse a folder for drawings where they would be found as pictures, or take the place of one.
 
     Raises:
-        ValueError: it is a folder out of `sources`, is below one, or holds one of the pictures.
+        ValueError: it is a file, it is a folder out of `sources`, is below one, or holds one of the pictures.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"drawings go to a folder, but {folder} is a file; name another")
     place = Path(os.path.realpath(folder))
     for source in sources:
         if Path(source).is_dir() and place.is_relative_to(os.path.realpath(source)):
@@ -100,7 +114,7 @@ def _is_records(source: str | Path) -> bool:
 
 def _pictures_below(folder: Path) -> Iterator[str]:
     seen = set()  # a link to a folder above would never end
-    for place, folders, names in os.walk(os.path.abspath(folder), followlinks=True):
+    for place, folders, names in os.walk(os.path.abspath(folder), onerror=_raise, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
@@ -110,6 +124,11 @@ def _pictures_below(folder: Path) -> Iterator[str]:
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield os.path.join(place, name)
+
+
+def _raise(error: OSError) -> None:
+    """A folder that is passed over in silence would lose its pictures."""
+    raise error
 
 
 def _ids_of_paths(paths: list[str]) -> dict[str, str]:
@@ -161,15 +180,25 @@ def _question(record: Mapping[str, Any]) -> str:
 
 def _read_records(path: Path) -> list[Any]:
     try:
-        with path.open(encoding="utf-8") as file:
+        # Editors on Windows begin a file with a mark of its encoding, which is no part of it.
+        with path.open(encoding="utf-8-sig") as file:
             if path.suffix.lower() == ".jsonl":
-                return [json.loads(line) for line in file if line.strip()]
+                return [_read_line(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
             content = json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(content, list):
         raise ValueError(f"{path}: expected a list of records, got a {type(content).__name__}")
     return content
+
+
+def _read_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:  # knows its place in the line alone
+        raise ValueError(
+            f"{path}: line {number} is not JSON: {error.msg} at character {error.pos}"
+        ) from error
 
 
 def _each_once(pictures: list[Picture]) -> list[Picture]:
@@ -193,5 +222,5 @@ def _each_once(pictures: list[Picture]) -> list[Picture]:
 def _same_bytes(path: str, other: str) -> bool:
     try:
         return filecmp.cmp(path, other, shallow=False)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have is a ValueError
         return False

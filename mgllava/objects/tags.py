@@ -7,6 +7,7 @@ They come from a list, a file, a shipped vocabulary, the question, or a model th
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -131,7 +132,7 @@ def load_tagger(source: str, *, checkpoint: str | None = None, device: str | tor
         return QuestionTags()
     if source in VOCABULARIES:
         return FixedTags(vocabulary(source), name=source)
-    if FILE_NAME.fullmatch(source) or ("." in source and Path(source).is_file()):
+    if FILE_NAME.fullmatch(source) or ("." in source and os.path.isfile(source)):  # of any length
         return FixedTags(read_tags(source), name=source)
     tags = split_tags(source)
     _refuse_sources_among(tags, source)
@@ -157,7 +158,7 @@ def read_tags(path: str | Path) -> list[str]:
         OSError: it cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
     tags = _clean([tag for line in lines for tag in line.partition("#")[0].split(",")])

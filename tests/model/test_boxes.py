@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgllava.objects.boxes import detections_to_boxes, load_detections
+from mgllava.objects.boxes import check_detections, detections_to_boxes, load_detections
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "boxes.json").read_text())["cases"]
@@ -226,3 +226,13 @@ def test_load_unknown_or_repeated_id(tmp_path):
         load_detections(path, id=1)
     with pytest.raises(FileNotFoundError):
         load_detections(tmp_path / "none.json")
+
+
+def test_a_score_too_large_for_a_float_is_refused():
+    with pytest.raises(ValueError, match="scores must be a list of numbers"):
+        check_detections([[0, 0, 1, 1]], None, [10**400])
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_a_box_file(tmp_path):
+    (tmp_path / "boxes.json").write_text('{"boxes": [[0, 0, 1, 1]]}', encoding="utf-8-sig")
+    assert load_detections(tmp_path / "boxes.json") == {"boxes": [[0, 0, 1, 1]]}

@@ -303,3 +303,51 @@ def test_an_answer_longer_than_the_context_is_refused(run, converted_golden):
     result = run("chat", "--model", converted_golden, "--prompt", "hi", "--max-new-tokens", 5000)
     assert result.exit_code == 1
     assert "context holds 2048" in result.stderr
+
+
+def test_a_drawing_does_not_take_the_place_of_the_picture(run, converted_golden, picture, tmp_path):
+    copy = tmp_path / "image.png"
+    shutil.copy(picture, copy)
+    arguments = [
+        "chat",
+        "--model",
+        converted_golden,
+        "--image",
+        copy,
+        "--prompt",
+        QUESTION,
+        "--device",
+        "cpu",
+    ]
+    result = run(*arguments, "--detector", "proposals", "--draw", tmp_path)
+    assert result.exit_code == 1
+    assert "of which a drawing could take the place" in result.stderr
+    assert copy.read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--draw", __file__], "drawings go to a folder"), (["--dtype", "int8"], "dtype is 'int8'")],
+)
+def test_wrong_options_show_before_a_detector_loads(run, converted_golden, picture, options, message):
+    arguments = ["chat", "--model", converted_golden, "--image", picture, "--prompt", QUESTION]
+    result = run(*arguments, "--detector", "owlv2", "--tags", "cat", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_doctor_knows_opencv(run):
+    cv2 = pytest.importorskip("cv2")
+    result = run("doctor")
+    (line,) = [line for line in result.stdout.splitlines() if "opencv" in line]
+    assert "proposals" in line
+    assert cv2.__version__ in line
+    assert "OpenCV" not in result.stdout
+
+
+def test_doctor_says_what_to_install_for_proposals(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "`proposals` cannot run: OpenCV does not import" in result.stdout
+    assert "pip install opencv-python-headless" in result.stdout

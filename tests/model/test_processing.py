@@ -690,3 +690,10 @@ def test_save_and_load_through_the_auto_classes(tmp_path):
     assert alone.max_objects == 7
     alone.save_pretrained(tmp_path / "alone")
     assert MGLlavaImageProcessor.from_pretrained(tmp_path / "alone").to_dict() == alone.to_dict()
+
+
+def test_the_name_of_a_detector_is_none():
+    with pytest.raises(
+        ValueError, match=r"detector is 'owlv2'; expected a detector: .*load_detector\('owlv2'\)"
+    ):
+        make()(images=PICTURE, text="<image>", detector="owlv2")

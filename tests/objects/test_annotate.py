@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from PIL import Image
 
 from mgllava.objects import annotate as module
 from mgllava.objects.annotate import annotate
-from mgllava.objects.annotation_files import PartFile, parts_folder
+from mgllava.objects.annotation_files import PartFile, errors_file, parts_folder
 from mgllava.objects.boxes import load_detections
 from mgllava.objects.detector import Detections
+from mgllava.objects.drawings import drawing_name, save_drawing
 from mgllava.objects.pictures import Picture, find_pictures
 from mgllava.objects.tags import FixedTags
 from mgllava.training import Record
@@ -560,3 +562,112 @@ def test_a_disk_that_fills_while_merging_leaves_the_former_box_file(folder, monk
 def test_batches_need_a_picture(folder):
     with pytest.raises(ValueError, match="batch_size is 0"):
         run(folder, batch_size=0)
+
+
+NO_FILES = {"nul": "a\0b.png", "half": "\ud800.png", "long": "x" * 300 + ".png"}
+
+
+def test_records_of_names_that_no_file_can_have_do_not_stop_the_others(folder):
+    records = [{"id": id, "image": name} for id, name in NO_FILES.items()] + [
+        {"id": "a", "image": "0002.png"}
+    ]
+    (folder / "records.json").write_text(json.dumps(records))
+    found = find_pictures([folder / "records.json"], folder / "pictures")
+    done = annotate(found, lambda: (Numbers(), None), folder / "boxes.json", settings={}, num_workers=0)
+    assert (done.num_pictures, done.num_failed) == (1, 3)
+    errors = json.loads((folder / "boxes.errors.json").read_text())
+    assert [error["id"] for error in errors] == list(NO_FILES)
+    assert all(error["error"] for error in errors)
+
+
+def test_one_id_for_names_that_no_file_can_have(folder):
+    records = [{"id": 1, "image": "a\0.png"}, {"id": 1, "image": "b\0.png"}]
+    (folder / "records.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="the id 1 stands for"):
+        find_pictures([folder / "records.json"], folder)
+
+
+def test_what_is_no_file_is_not_waited_for(folder):
+    os.mkfifo(folder / "pictures" / "pipe.png")
+    assert run(folder).num_failed == 1
+    (error,) = json.loads((folder / "boxes.errors.json").read_text())
+    assert error["error"] == "it is a folder, a pipe or a device"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"picture": ["x"], "boxes": [], "scores": [], "labels": []},
+        {"boxes": [[1, 2, 3, 4]]},
+        {"scores": []},
+        {"labels": None},
+        {"boxes": [[1, 2]], "scores": [0.5], "labels": ["x"]},
+    ],
+)
+def test_damaged_lines_that_are_still_json_are_done_again(folder, damaged):
+    run(folder)
+    part = parts_folder(folder / "boxes.json") / "process-0.jsonl"
+    lines = part.read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | damaged)
+    part.write_text("\n".join([*lines, "[" * 100_000, ""]))
+    run(folder)
+    assert looked_at(folder) == [*range(10), 2]
+    assert json.loads((folder / "boxes.json").read_text())[2]["labels"] == ["number 2", "picture"]
+
+
+def test_a_kill_leaves_no_half_drawing(folder, monkeypatch):
+    run(folder)
+    save = Image.Image.save
+
+    def cut(self, path, **options):
+        save(self, path, **options)
+        path.write_bytes(path.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Image.Image, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, draw=folder / "drawn")
+    run(folder, draw=folder / "drawn")
+    for number in range(10):
+        with Image.open(folder / "drawn" / f"{number:04}.jpg") as drawing:
+            drawing.load()
+    assert len(list((folder / "drawn").iterdir())) == 10
+
+
+def test_a_drawing_that_cannot_be_written_says_so(folder):
+    with pytest.raises(OSError, match=r"the drawing cannot be written: .*drawn/a.jpg"):
+        save_drawing(Image.new("RGB", (2, 2)), folder / "drawn" / "a.jpg")
+
+
+def test_every_id_has_its_own_drawing():
+    ids = [
+        "a/b",
+        "a%2Fb",
+        "a\0b",
+        "a%00b",
+        "\udcfe",
+        "\udcff",
+        "x" * 300,
+        "x" * 301,
+        "\u00e4" * 150,
+        "..",
+        "a\nb",
+    ]
+    names = [drawing_name(id) for id in ids]
+    assert len(set(names)) == len(ids)
+    assert all(len(os.fsencode(name)) < 220 and not set("/\0") & set(name) for name in names)
+    assert drawing_name(7, ".png") == "7.png"
+
+
+def test_a_folder_is_no_box_file(folder):
+    (folder / "boxes.json").mkdir()
+    with pytest.raises(ValueError, match="boxes.json is a folder; name the box file to write"):
+        run(folder)
+    assert looked_at(folder) == []
+    assert not parts_folder(folder / "boxes.json").exists()
+
+
+def test_box_files_that_differ_in_their_suffix_have_their_own_errors():
+    files = {errors_file(Path(name)).name for name in ("boxes.json", "boxes.train", "boxes.val")}
+    assert files == {"boxes.errors.json", "boxes.train.errors.json", "boxes.val.errors.json"}

@@ -1,11 +1,13 @@
 """Which pictures there are, and their ids."""
 
+import errno
 import json
+import os
 
 import pytest
 from annotate_cases import write_picture
 
-from mgllava.objects.pictures import Picture, check_drawings, find_pictures
+from mgllava.objects.pictures import Picture, check_box_file, check_drawings, find_pictures
 
 
 def _ids(pictures):
@@ -180,3 +182,48 @@ def test_an_empty_folder(tmp_path):
 def test_a_source_that_does_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file or folder .*nowhere"):
         find_pictures([tmp_path / "nowhere"])
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    write_picture(tmp_path / "closed" / "a.png", 0)
+    write_picture(tmp_path / "b.png", 0)
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: .*closed"):
+        find_pictures([tmp_path])
+
+
+def test_a_damaged_line_of_records_is_named(tmp_path):
+    lines = tmp_path / "records.jsonl"
+    lines.write_text('{"id": 1, "image": "a.png"}\n\n{"id": 2')
+    with pytest.raises(ValueError, match="records.jsonl: line 3 is not JSON: .* at character 8"):
+        find_pictures([lines], tmp_path)
+
+
+@pytest.mark.parametrize("text", ['[{"id": 1, "image": "a.png"}]', '{"id": 1, "image": "a.png"}'])
+def test_a_mark_of_the_encoding_is_no_part_of_records(tmp_path, text):
+    path = tmp_path / ("records.json" if text.startswith("[") else "records.jsonl")
+    path.write_text(text, encoding="utf-8-sig")
+    assert _ids(find_pictures([path], tmp_path)) == [1]
+
+
+def test_a_box_file_must_not_take_the_place_of_what_is_read(tmp_path):
+    picture = write_picture(tmp_path / "a.png", 0)
+    records = _records(tmp_path, [{"id": 1, "image": "a.png"}])
+    found = find_pictures([records], tmp_path)
+    for place in (records, picture, tmp_path / "sub" / ".." / "a.png"):
+        with pytest.raises(ValueError, match="is one of the files to read; name another"):
+            check_box_file(place, [records], found)
+    check_box_file(tmp_path / "boxes.json", [records], found)
+
+
+def test_drawings_do_not_go_to_a_file(tmp_path):
+    (tmp_path / "drawn").touch()
+    with pytest.raises(ValueError, match="drawings go to a folder, but .*drawn is a file"):
+        check_drawings(tmp_path / "drawn", [], [])

@@ -1,6 +1,8 @@
 """Annotation in several processes: killed, resumed, resumed with another number of them."""
 
+import os
 import random
+import signal
 import time
 
 import pytest
@@ -91,3 +93,25 @@ def test_the_death_of_one_process_ends_the_others_with_an_error(tmp_path):
     assert not (tmp_path / "boxes.json").exists()
     _finish(start(tmp_path, 2, seconds=0))
     assert_complete(tmp_path, 40)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_run_leaves_the_first_alone_while_it_merges(tmp_path, count):
+    write_pictures(tmp_path / "pictures", 10)
+    first = start(tmp_path, 1, seconds=0, merge_seconds=0.5)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob(".boxes.json.*")):
+        assert time.monotonic() < end
+        assert first[0].is_alive()
+        time.sleep(0.005)
+    os.kill(first[0].pid, signal.SIGSTOP)  # however long the second takes to start
+    second = start(tmp_path, count, seconds=0)
+    for process in second:
+        process.join(120)
+    codes = [process.exitcode for process in second]
+    os.kill(first[0].pid, signal.SIGCONT)
+    stop(second)
+    assert codes == [1] * count
+    _finish(first)
+    assert_complete(tmp_path, 10)
+    assert sorted(looked_at(tmp_path)) == list(range(10))

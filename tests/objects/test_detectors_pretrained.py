@@ -473,3 +473,28 @@ def test_every_adapter_is_held_to_the_detector_it_says_it_is():
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_the_default_threshold_is_known_before_the_weights_load(name, load):
     assert default_threshold(name) == load(name).threshold
+
+
+def _cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _point(folder):  # what a clone without git-lfs has
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def _widen(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"d_model": 64}))
+
+
+@pytest.mark.parametrize("damage", [_cut, _point, _widen])
+def test_damaged_weights_are_named_and_no_download_is_offered_for_a_folder(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    damage(save("detr", Path("some/folder")))
+    with pytest.raises(
+        OSError, match="detector 'detr' cannot load its weights from 'some/folder': "
+    ) as raised:
+        load_detector("detr", checkpoint="some/folder")
+    assert "hf download" not in str(raised.value)

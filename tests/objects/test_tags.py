@@ -199,3 +199,13 @@ def test_ram_without_its_weights_says_what_to_do(ram, tmp_path):
     with pytest.raises(OSError, match=r"hf download xinyu1205/recognize-anything-plus-model ram_plus"):
         load_tagger("ram++")
     assert not ram
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_the_first_tag(tmp_path):
+    (tmp_path / "tags.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert read_tags(tmp_path / "tags.txt") == ["cat", "dog"]
+
+
+def test_a_list_longer_than_the_name_of_any_file():
+    names = [f"st. {number}" for number in range(2000)]
+    assert load_tagger(", ".join(names))(PICTURES[:1]) == [names]

@@ -119,7 +119,7 @@ def load_detector(
     Raises:
         ValueError: unknown name, a threshold outside 0..1, a checkpoint of another architecture, or a checkpoint or
             threshold for a detector that has none.
-        OSError: the weights are neither here nor can they be downloaded; says what to do.
+        OSError: the weights are neither here nor can they be downloaded, or are damaged; says what to do.
         ImportError: a package that this detector needs is missing; names it.
     """
     if name not in DETECTORS:

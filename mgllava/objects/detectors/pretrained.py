@@ -3,10 +3,12 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -29,7 +31,7 @@ class PretrainedDetector(ABC):
 
     Raises:
         ValueError: the checkpoint is of another architecture.
-        OSError: the weights are neither here nor can they be downloaded.
+        OSError: the weights are neither here nor can they be downloaded, or are damaged.
     """
 
     needs_tags: ClassVar[bool]
@@ -94,12 +96,14 @@ class PretrainedDetector(ABC):
             if model_type in self.model_types:
                 processor = self.auto_processor.from_pretrained(checkpoint)
                 model = self.auto_model.from_pretrained(checkpoint, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            hint = f", or, with a network, fetch them first: hf download {checkpoint}"
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            # RuntimeError: weights that are not of the shapes which the configuration says.
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            is_hub_id = HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists()
+            hint = f", or, with a network, fetch them first: hf download {checkpoint}" if is_hub_id else ""
             raise OSError(
-                f"detector {self.name!r} cannot load its weights from {checkpoint!r}: {reason} Give a folder or a hub "
-                f"id that holds them as checkpoint{hint if HUB_ID.fullmatch(checkpoint) else ''}"
+                f"detector {self.name!r} cannot load its weights from {checkpoint!r}: {reason}. Give a folder or a hub "
+                f"id that holds them as checkpoint{hint}"
             ) from error
         if model_type not in self.model_types:
             raise ValueError(
