@@ -17,6 +17,7 @@ from benchmarks.benchmark import (
     package_providers,
 )
 from benchmarks.models import (
+    MODEL_FILES,
     encoded,
     make_model,
     original_flow,
@@ -80,12 +81,7 @@ BENCHMARK = Benchmark(
     function=_package,
     code=code_of(
         "first_token",
-        "models",
-        "neck",
-        "conv_gate",
-        "original_repository",
-        "pooled_roi_align",
-        "projectors",
+        *MODEL_FILES,
         model=True,
     ),
     reference=partial(_composed, reference_flow),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.benchmark import Benchmark, Function, Provider, all_threads, code_of, package_providers
 from benchmarks.first_token import logits_shape, make_inputs
-from benchmarks.models import encoded, original_flow, parameters, reference_flow, threaded_flow
+from benchmarks.models import MODEL_FILES, encoded, original_flow, parameters, reference_flow, threaded_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import GENERATION, TINY_MODEL, Sizes
 
@@ -60,12 +60,7 @@ BENCHMARK = Benchmark(
     code=code_of(
         "generation",
         "first_token",
-        "models",
-        "neck",
-        "conv_gate",
-        "original_repository",
-        "pooled_roi_align",
-        "projectors",
+        *MODEL_FILES,
         model=True,
     ),
     reference=partial(_composed, reference_flow),

@@ -17,6 +17,8 @@ from benchmarks.shapes import Sizes, model_width, stage_shapes, token_width, tok
 
 # Random values that weights are filled with, over and over: drawing seven billion takes minutes. Their number is
 # prime, so that no two rows of a weight are the same.
+# What a benchmark of the model measures with, beside its own file.
+MODEL_FILES = ("models", "neck", "conv_gate", "original_repository", "pooled_roi_align", "projectors")
 FILLING = 1_000_003
 NECK = ("fusion", "image_projector", "object_projector")
 

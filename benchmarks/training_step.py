@@ -19,7 +19,7 @@ from benchmarks.benchmark import (
     package_providers,
 )
 from benchmarks.first_token import make_inputs
-from benchmarks.models import encoded, original_flow, parameters, reference_flow, threaded_flow
+from benchmarks.models import MODEL_FILES, encoded, original_flow, parameters, reference_flow, threaded_flow
 from benchmarks.original import ONE_THREAD, extra_flow, too_many_bins
 from benchmarks.shapes import TINY_MODEL, TRAINING_STEP, Sizes
 
@@ -68,12 +68,7 @@ BENCHMARK = Benchmark(
     code=code_of(
         "training_step",
         "first_token",
-        "models",
-        "neck",
-        "conv_gate",
-        "original_repository",
-        "pooled_roi_align",
-        "projectors",
+        *MODEL_FILES,
         model=True,
     ),
     reference=partial(_composed, reference_flow),

@@ -5,6 +5,7 @@ import torch
 from benchmarks import original
 from benchmarks.benchmark import Benchmark, Inputs, code_of, original_providers, package_providers
 from benchmarks.models import (
+    MODEL_FILES,
     make_model,
     original_flow,
     package_flow,
@@ -43,12 +44,7 @@ BENCHMARK = Benchmark(
     function=package_flow,
     code=code_of(
         "vision_flow",
-        "models",
-        "neck",
-        "conv_gate",
-        "original_repository",
-        "pooled_roi_align",
-        "projectors",
+        *MODEL_FILES,
         model=True,
     ),
     reference=reference_flow,

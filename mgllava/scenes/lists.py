@@ -49,7 +49,7 @@ def list_things(scene: Scene, count: int, seed: int = 0) -> list[Turn]:
 
     A question's answer (how many, which colour, is there one) follows from the list of what it is about, and lists
     teach a language model to find things by what they are: after 1,250 steps it counted 58% of colours, which lists
-    name as questions do, and 30% of shapes, which they then named in the singular; from questions alone neither.
+    name as questions do, and 30% of shapes, which they then named in the singular.
 
     Args:
         scene: what is asked about.
