@@ -77,7 +77,7 @@ def recipes(arm: Arm, seed: int, folder: Path) -> tuple[dict[str, Any], dict[str
     output = folder / f"{arm.name}-{seed}"
     shared = {
         "model": str(output / "base"),
-        "features": str(folder / f"features-{arm.show}"),
+        "features": str(folder / "features"),
         "show": arm.show,
         "seed": seed,
         "save_every": 200,

@@ -24,8 +24,10 @@ BASELINE = {
     torch.bfloat16: (3e-2, 2e-1),
 }
 # What no provider is blamed for, whatever the baseline errs by: the rounding of a result; in float32, which the
-# baseline may hit to the last digit, that of some sums.
-LEAST = {torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+# baseline may hit to the last digit, that of sums that cancel. The gradient of a gate is one of 590,000 products a
+# picture, and all gradients behind it err by what it does: 2.3e-6 of 8 pictures on an EPYC, the literal composition's
+# less than 1e-6, both by chance.
+LEAST = {torch.float32: 5e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 # How much more a provider may err than the baseline: as a whole, and in its worst row.
 NORM_FACTOR, ROW_FACTOR = 2.0, 10.0
 # The error of a few numbers is chance: results smaller than this are held to the baseline's worst result.

@@ -3,13 +3,14 @@
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..modeling_mgllava import IGNORE_INDEX
 from ..processing_mgllava import MGLlavaProcessor
@@ -21,6 +22,9 @@ __all__ = ["EncodedText", "Encoder"]
 
 # A text this close to its limit keeps only the best box of each label (the original's rule).
 NEARLY_FULL = 50
+
+# Key of the blank high-resolution view among stored features.
+BLANK = "blank"
 
 BAD_TEXT = "its text does not fit its picture"
 NO_ROOM = "its text nearly fills the limit, which stored features do not allow for"
@@ -129,7 +133,7 @@ class Encoder:
         elif is_nearly_full:
             raise BadRecord(NO_ROOM, f"id {record.id} has {len(text.input_ids)} tokens of {self.text_limit}")
         else:
-            seen = self.features.read(self.picture_key(record))
+            seen = self._read_features(self.features, record)
             num_objects = len(seen["objects"])
         tokens = [self.processor.image_token_id] * self.processor.num_image_tokens
         tokens += [self.processor.object_token_id] * num_objects
@@ -146,22 +150,58 @@ class Encoder:
             BadRecord: the picture cannot be read.
         """
         detections = record.detections if self.show == "all" else None
-        pictures = self.processor.image_processor(
-            [read_image(record)], [detections], best_per_label=best_per_label
-        )
-        high_res = pictures["pixel_values_high_res"]
-        return {
-            "pixel_values": pictures["pixel_values"],
-            # The colour of padding is zero once normalised.
-            "pixel_values_high_res": torch.zeros_like(high_res) if self.show == "low_res" else high_res,
-            "boxes": pictures["boxes"].round().long(),
+        picture = self._encode_picture(record, detections, best_per_label)
+        if self.show == "low_res":  # the colour of padding is zero once normalised
+            picture["pixel_values_high_res"] = torch.zeros_like(picture["pixel_values_high_res"])
+        return picture
+
+    def encode_picture_to_store(self, record: Record) -> dict[str, Tensor]:
+        """What the towers have to see of a record, whatever of it is shown.
+
+        Behind its own boxes a picture has the one that stands for none, of which a picture without objects gets
+        features, too.
+
+        Raises:
+            BadRecord: the picture cannot be read.
+        """
+        picture = self._encode_picture(record, record.detections, False)
+        picture["boxes"] = pad(picture["boxes"], (0, 0, 0, 1))
+        return picture
+
+    def blank_to_store(self) -> tuple[str, dict[str, Tensor]]:
+        """Key and picture of the blank high-resolution view that `show: low_res` sees."""
+        low, high = self.processor.image_processor.low_res_size, self.processor.image_processor.high_res_size
+        return BLANK, {
+            "pixel_values": torch.zeros(1, 3, low, low),
+            "pixel_values_high_res": torch.zeros(1, 3, high, high),
+            "boxes": torch.zeros(1, 1, 4, dtype=torch.long),
         }
 
     def picture_key(self, record: Record) -> str:
-        """A name for what `encode_picture` makes of a record: the picture's, its detections' and `show`."""
+        """A name for a record's picture and its detections."""
         picture = str(record.image) if isinstance(record.image, Path) else record.id
-        facts = [picture, record.detections, self.show]
+        facts = [picture, record.detections]
         return hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()
+
+    def _encode_picture(
+        self, record: Record, detections: Mapping[str, Any] | None, best_per_label: bool
+    ) -> dict[str, Tensor]:
+        pictures = self.processor.image_processor(
+            [read_image(record)], [detections], best_per_label=best_per_label
+        )
+        return {
+            "pixel_values": pictures["pixel_values"],
+            "pixel_values_high_res": pictures["pixel_values_high_res"],
+            "boxes": pictures["boxes"].round().long(),
+        }
+
+    def _read_features(self, store: FeatureStore, record: Record) -> dict[str, Tensor]:
+        seen = store.read(self.picture_key(record))
+        if self.show == "all":
+            return seen | {"objects": seen["objects"][:-1]}
+        if self.show == "no_objects":
+            return seen | {"objects": seen["objects"][-1:]}
+        return store.read(BLANK) | {"low_res": seen["low_res"]}
 
 
 def _replaced(values: Sequence[int], position: int, replacement: list[int]) -> list[int]:

@@ -82,7 +82,7 @@ class FeatureStore:
 
         Args:
             model: whose towers.
-            pictures: keys that are not here yet, and what `Encoder.encode_picture` returns.
+            pictures: keys that are not here yet, and what `Encoder.encode_picture_to_store` returns.
 
         Raises:
             CheckpointError: the disk is full.

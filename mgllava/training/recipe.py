@@ -182,7 +182,7 @@ class Recipe(RunSettings):
         attn_implementation: of the language model, by its name in transformers.
         max_bad_share: share of the records that may be unusable.
         features: folder that keeps what the frozen towers make of every picture, so that they run once and not in
-            every epoch and run; for models and data whose features fit a disk.
+            every epoch and run, whatever is shown of the pictures; for models and data whose features fit a disk.
         show: `all`; `no_objects`: pictures without their boxes; `low_res`: without them, and with a blank
             high-resolution view. For ablations.
     """

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..files import replace_file
 from ..modeling_mgllava import MGLlavaModel
-from .encode import Encoder
+from .encode import BLANK, Encoder
 from .errors import BadRecord, DataError
 from .features import FeatureStore
 from .records import RecordSource, check_record
@@ -156,6 +156,8 @@ class TrainingSamples(Dataset):
         pictures = (picture for task in loader for picture in task)
         bar = tqdm(pictures, total=len(self), desc="features of pictures", disable=not progress)
         store.fill(model, (picture for picture in bar if picture is not None))
+        if self._encoder.show == "low_res" and BLANK not in store:
+            store.fill(model, [self._encoder.blank_to_store()])
 
     def read_features(self, store: FeatureStore) -> None:
         """From now on samples hold features in place of pictures."""
@@ -240,7 +242,7 @@ class _Pictures(Dataset):
                 or key in self._seen
             ):
                 return None
-            picture = encoder.encode_picture(record)
+            picture = encoder.encode_picture_to_store(record)
         except BadRecord:
             return None  # it is replaced, and counted, when its turn comes
         self._seen.add(key)

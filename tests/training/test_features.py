@@ -54,11 +54,12 @@ def test_beams_read_features_too():
     assert torch.equal(model.generate(**inputs, mm_encoder_outputs={"towers": towers}, **settings), expected)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_features_train_as_pictures_do(model_folder, data, tmp_path, stage):
-    plain = train(tiny_recipe(model_folder, data, tmp_path / "plain", stage=stage))
+@pytest.mark.parametrize(("stage", "show"), [(1, "all"), (2, "all"), (1, "no_objects"), (1, "low_res")])
+def test_features_train_as_pictures_do(model_folder, data, tmp_path, stage, show):
+    settings = {"stage": stage, "show": show}
+    plain = train(tiny_recipe(model_folder, data, tmp_path / "plain", **settings))
     stored = train(
-        tiny_recipe(model_folder, data, tmp_path / "stored", stage=stage, features=str(tmp_path / "features"))
+        tiny_recipe(model_folder, data, tmp_path / "stored", **settings, features=str(tmp_path / "features"))
     )
     expected, losses = losses_of(tmp_path / "plain"), losses_of(tmp_path / "stored")
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -80,9 +81,10 @@ def test_towers_run_once_for_every_picture(model_folder, data, tmp_path, monkeyp
     for number in (1, 2):
         train(tiny_recipe(model_folder, data, tmp_path / f"run-{number}", features=features))
         assert sum(encoded) == 12
-    # What they are shown is part of what they see.
-    build_trainer(tiny_recipe(model_folder, data, tmp_path / "blank", features=features, show="no_objects"))
-    assert sum(encoded) == 24
+    for show, more in (("no_objects", 0), ("low_res", 1), ("low_res", 0)):
+        encoded.clear()
+        build_trainer(tiny_recipe(model_folder, data, tmp_path / show, features=features, show=show))
+        assert sum(encoded) == more, show
 
 
 def test_what_a_full_disk_interrupts_goes_on(model_folder, data, tmp_path, monkeypatch):
