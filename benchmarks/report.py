@@ -21,7 +21,7 @@ import torch
 from benchmarks import roofline
 from benchmarks.comparison import BASELINES, Comparison, Place, compare, median, places
 from benchmarks.registry import BENCHMARKS, OPS
-from benchmarks.rows import RESULTS, Row, add, locked, read_all
+from benchmarks.rows import DRIFTED, RESULTS, Row, add, locked, read_all
 from benchmarks.shapes import PUBLISHED_MODEL
 
 if TYPE_CHECKING:
@@ -519,15 +519,25 @@ def _notes(op: str, rows: Sequence[Row]) -> list[str]:
     pieces += [PUBLISHED_NOTE] if any(row.case.startswith(SHALLOW) for row in rows) else []
     if any(NONE in row.case for row in rows):
         pieces.append(NO_BOXES)
-    pieces += remarks(rows)
+    pieces += remarks(rows) + drifts(rows)
     return [" ".join(pieces), ""]
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
     """What the rows say that they should be read with; what is noisy says so in its cell."""
-    notes = [(row.provider, note) for row in rows for note in (row.note or "").split("; ")]
-    by_note = _grouped((note, name) for name, note in notes if note and not note.startswith("noisy"))
+    notes = [(row.provider, note) for row in rows for note in _notes_of(row)]
+    by_note = _grouped((note, name) for name, note in notes if not note.startswith(("noisy", DRIFTED)))
     return [f"{_code(names)}: {note}." for note, names in by_note.items()]
+
+
+def drifts(rows: Sequence[Row]) -> list[str]:
+    """By how much the device's rates changed while the rows were measured."""
+    notes = dict.fromkeys(note for row in rows for note in _notes_of(row) if note.startswith(DRIFTED))
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
+
+
+def _notes_of(row: Row) -> list[str]:
+    return row.note.split("; ") if row.note else []
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -681,6 +691,11 @@ def _summary_notes(rows: Sequence[Row], ops: Iterable[str]) -> list[str]:
     origins = dict.fromkeys(row.origin for row in rows if row.case.startswith(SHALLOW))
     notes += [f"{SHALLOW.capitalize()}: {'; '.join(origins)}. {PUBLISHED_NOTE}"] if origins else []
     notes += [f"`{op}`: {NOTES[op]}" for op in ops if op in NOTES]
+    changed = [op for op in ops if drifts([row for row in rows if row.op == op])]
+    if changed:
+        notes.append(
+            f"{_code(changed)}: {DRIFTED}, by as much as the tables say; shares of floors hang on them."
+        )
     return notes + remarks(rows)
 
 

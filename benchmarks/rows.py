@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+# How a note begins that doubts the floors of its row.
+DRIFTED = "the device's own rates changed meanwhile"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from benchmarks.check import Standard, WrongResult, checked_mode, standard
 from benchmarks.comparison import OURS, PACKAGE
 from benchmarks.gpu_settings import gpu_settings
 from benchmarks.roofline import Ceilings, Cost
-from benchmarks.rows import Row
+from benchmarks.rows import DRIFTED, Row
 from benchmarks.shapes import Case
 from mgllava_kernels.configs import tables
 from mgllava_kernels.tune import conditions as gpu_conditions
@@ -486,7 +486,7 @@ def beneath(row: Row, ceilings: Ceilings, drift: str | None = None) -> Row:
     rates = {"bandwidth": ceilings.bandwidth, "matmul_rate": ceilings.matmul[row.dtype]}
     share = _share(floor, row.milliseconds)
     row = replace(row, floor_ms=floor, share=share, **rates)
-    return row if drift is None else _noted(row, f"the device's own rates changed meanwhile: {drift}")
+    return row if drift is None else _noted(row, f"{DRIFTED}: {drift}")
 
 
 def _share(floor: float | None, milliseconds: Mapping[str, float] | None) -> float | None:

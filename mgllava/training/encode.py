@@ -27,6 +27,7 @@ NEARLY_FULL = 50
 BLANK = "blank"
 
 BAD_TEXT = "its text does not fit its picture"
+NO_FEATURES = "its picture could not be read when features were stored"
 NO_ROOM = "its text nearly fills the limit, which stored features do not allow for"
 
 
@@ -119,8 +120,8 @@ class Encoder:
         Boxes are whole pixels; as integers they survive engines that cast floating-point inputs to half precision.
 
         Raises:
-            BadRecord: as `encode_text`, the picture cannot be read, or the text is so long that the choice of boxes
-                would depend on it while features of all are stored.
+            BadRecord: as `encode_text`, the picture cannot be read or could not be when features were stored, or the
+                text is so long that the choice of boxes would depend on it while features of all are stored.
         """
         text = self.encode_text(record)
         position = text.image_position
@@ -196,7 +197,10 @@ class Encoder:
         }
 
     def _read_features(self, store: FeatureStore, record: Record) -> dict[str, Tensor]:
-        seen = store.read(self.picture_key(record))
+        key = self.picture_key(record)
+        if key not in store:
+            raise BadRecord(NO_FEATURES, f"id {record.id}")
+        seen = store.read(key)
         if self.show == "all":
             return seen | {"objects": seen["objects"][:-1]}
         if self.show == "no_objects":

@@ -21,6 +21,7 @@ __all__ = ["FeatureStore", "fingerprint_towers"]
 PICTURES_PER_FILE = 512
 PICTURES_AT_ONCE = 16
 KEYS_FILE = "towers.json"
+COMPLETE_FILE = "complete.json"
 
 
 class FeatureStore:
@@ -57,6 +58,22 @@ class FeatureStore:
             except (SafetensorError, OSError) as error:
                 raise DataError(f"{path} is damaged: {error}; remove it, it will be made again") from error
             self._places |= {key: (path, row) for row, key in enumerate(keys)}
+
+    def is_complete(self, data: str) -> bool:
+        """Whether `mark_complete` was called with this text and every file of then is still there."""
+        files = {path.name for path in self.folder.glob("*.safetensors")}
+        marks = self._marks()
+        return data in marks and files.issuperset(marks[data])
+
+    def mark_complete(self, data: str) -> None:
+        """Remember that there is nothing to encode for the data that this text stands for."""
+        marks = self._marks() | {data: sorted(path.name for path in self.folder.glob("*.safetensors"))}
+        with replace_file(self.folder / COMPLETE_FILE) as scratch:
+            scratch.write_text(json.dumps(marks) + "\n")
+
+    def _marks(self) -> dict[str, list[str]]:
+        path = self.folder / COMPLETE_FILE
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # every process maps the files anew

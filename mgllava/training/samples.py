@@ -4,7 +4,7 @@ import hashlib
 import json
 import multiprocessing
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,11 @@ class TrainingSamples(Dataset):
         Raises:
             CheckpointError: the disk is full.
         """
+        if self._encoder.show == "low_res" and BLANK not in store:
+            store.fill(model, [self._encoder.blank_to_store()])
+        data = self._fingerprint()
+        if store.is_complete(data):
+            return
         loader = DataLoader(
             _Pictures(self, store),
             batch_size=_RECORDS_PER_TASK,
@@ -155,9 +160,18 @@ class TrainingSamples(Dataset):
         )
         pictures = (picture for task in loader for picture in task)
         bar = tqdm(pictures, total=len(self), desc="features of pictures", disable=not progress)
-        store.fill(model, (picture for picture in bar if picture is not None))
-        if self._encoder.show == "low_res" and BLANK not in store:
-            store.fill(model, [self._encoder.blank_to_store()])
+        unreadable: list[str] = []
+
+        def readable() -> Iterator[tuple[str, dict[str, Tensor]]]:
+            for picture in bar:
+                if isinstance(picture, str):
+                    unreadable.append(picture)
+                elif picture is not None:
+                    yield picture
+
+        store.fill(model, readable())
+        if not unreadable:  # which may be mended until the next start
+            store.mark_complete(data)
 
     def read_features(self, store: FeatureStore) -> None:
         """From now on samples hold features in place of pictures."""
@@ -222,7 +236,7 @@ class TrainingSamples(Dataset):
 
 
 class _Pictures(Dataset):
-    """For each sample the key and the picture; None for text alone, and for what is stored or cannot be read."""
+    """For each sample the key and the picture; None for text alone, and for what is stored; why it cannot be read."""
 
     def __init__(self, samples: TrainingSamples, store: FeatureStore) -> None:
         self._samples = samples
@@ -232,7 +246,7 @@ class _Pictures(Dataset):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> tuple[str, dict[str, Tensor]] | None:
+    def __getitem__(self, index: int) -> tuple[str, dict[str, Tensor]] | str | None:
         encoder = self._samples._encoder
         try:
             record = self._samples._record(int(self._samples._kept[index]))
@@ -243,8 +257,8 @@ class _Pictures(Dataset):
             ):
                 return None
             picture = encoder.encode_picture_to_store(record)
-        except BadRecord:
-            return None  # it is replaced, and counted, when its turn comes
+        except BadRecord as error:
+            return str(error)  # it is replaced, and counted, when its turn comes
         self._seen.add(key)
         return key, picture
 

@@ -87,6 +87,42 @@ def test_towers_run_once_for_every_picture(model_folder, data, tmp_path, monkeyp
         assert sum(encoded) == more, show
 
 
+def test_stored_data_are_not_gone_through_again(model_folder, data, tmp_path, monkeypatch):
+    folder = tmp_path / "features"
+
+    def start(name, data):
+        return build_trainer(tiny_recipe(model_folder, data, tmp_path / name, features=str(folder)))
+
+    start("first", data)
+    with monkeypatch.context() as still:
+        still.setattr("mgllava.training.samples._Pictures.__getitem__", lambda self, index: 1 / 0)
+        start("second", data)
+        with pytest.raises(ZeroDivisionError):
+            start("others", write_data(tmp_path / "others"))
+    (file,) = folder.glob("*.safetensors")
+    file.unlink()
+    assert "objects" in start("third", data).train_dataset[0]
+
+
+def test_a_picture_that_cannot_be_read_is_replaced_and_tried_again(model_folder, tmp_path):
+    data = write_data(tmp_path / "data")
+    path = tmp_path / "data" / "pictures" / "3.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-60])
+
+    def samples_of(name):
+        settings = {"features": str(tmp_path / "features"), "max_bad_share": 0.1}
+        return build_trainer(tiny_recipe(model_folder, data, tmp_path / name, **settings)).train_dataset
+
+    samples = samples_of("damaged")
+    assert samples[3]["input_ids"] == samples[4]["input_ids"]
+    assert samples.replaced == 1
+    path.write_bytes(whole)
+    samples = samples_of("mended")
+    assert samples[3]["input_ids"] != samples[4]["input_ids"]
+    assert samples.replaced == 0
+
+
 def test_what_a_full_disk_interrupts_goes_on(model_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr("mgllava.training.features.PICTURES_PER_FILE", 4)
     monkeypatch.setattr("mgllava.training.features.PICTURES_AT_ONCE", 2)
