@@ -290,11 +290,11 @@ def roi_align(
         return input.new_zeros(len(boxes), 0, output_height, output_width)
     image_index = boxes[:, 0].trunc()
     if _box_by_box(input.device):
-        channels_last = input.permute(0, 2, 3, 1).to(boxes.dtype).contiguous()
+        maps = input.permute(0, 2, 3, 1)
         sizes = (height, width, spatial_scale, output_height, output_width, sampling_ratio, aligned)
         bins = [
             roi_crops.align(
-                channels_last,
+                maps,
                 chunk[:, 0].trunc(),
                 *_roi_axis_weights(chunk, *sizes),
             )

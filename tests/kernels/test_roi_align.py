@@ -272,6 +272,14 @@ def test_numbers_of_numpy():
     assert torch.equal(roi_align(input, boxes, (np.int32(3), 3), np.float64(0.5), 2), expected)
 
 
+def test_few_boxes_cost_what_they_touch():
+    """400 GB of map that lie in one number: nothing of its size is made."""
+    maps = torch.full((1,), 3.0).expand(1, 256, 20_000, 20_000)
+    with use_backend("torch"):
+        bins = roi_align(maps, torch.tensor([[0.0, 10, 10, 30, 40], [0, 900, 19_000, 960, 19_990]]), 7)
+    torch.testing.assert_close(bins, torch.full((2, 256, 7, 7), 3.0))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_memory_formats(memory_format):
     input = torch.randn(2, 3, 8, 7)
