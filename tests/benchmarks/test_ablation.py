@@ -70,6 +70,7 @@ def test_what_is_done_is_not_done_again_and_all_of_it_is_shown(places, monkeypat
     assert done == [("gate_sum", 2)]
     table = ablation.TABLE.read_text()
     assert "| low resolution only | 2 | 2 | 65.0 (60.0 to 70.0) | 60.0 (60.0 to 60.0) |" in table
+    assert "| low resolution only → + objects: the whole model | 2 | +0.0 (+0.0 to +0.0) |" in table
     assert "+ Conv-Gate" not in table
     assert ablation.PLOT.stat().st_size > 1000
 
