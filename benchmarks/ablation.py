@@ -259,7 +259,10 @@ def main(
     if unknown:
         console.print(f"--arm must be one of {', '.join(one.name for one in ARMS)}; got {', '.join(unknown)}")
         raise typer.Exit(1)
-    results = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    found = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    results = [one for one in found if (one["steps"], one["scenes"]) == (list(STEPS), SCENES)]
+    if len(results) < len(found):
+        console.print(f"{len(found) - len(results)} results of other steps or scenes are left out")
     for seed in () if report else SEEDS[:seeds]:
         for one in ARMS:
             is_done = any((result["arm"], result["seed"]) == (one.name, seed) for result in results)

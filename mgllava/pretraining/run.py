@@ -25,7 +25,7 @@ from ..processing_mgllava import MGLlavaProcessor
 from ..scenes import WORDS
 from ..training.arguments import training_arguments
 from ..training.encode import Encoder
-from ..training.errors import RecipeError
+from ..training.errors import UNWRITABLE, CheckpointError, RecipeError
 from ..training.run import check_output, check_trackers, keep_recipe
 from ..training.sampling import TrainingOrder
 from ..training.trainer import MGLlavaTrainer
@@ -88,7 +88,12 @@ def pretrain(recipe: PretrainingRecipe) -> Path:
     trainer.train(resume_from_checkpoint=last)
     if arguments.should_save:
         load_model(task.model, Path(get_last_checkpoint(output)) / WEIGHTS)
-        task.write(output)
+        try:
+            task.write(output)
+        except UNWRITABLE as error:
+            raise CheckpointError(
+                f"{output} cannot be written: {error}; the last checkpoint is intact, and the same command goes on"
+            ) from error
         loader = DataLoader(
             task.samples("validation", VALIDATION_SCENES, 0),
             batch_size=recipe.per_device_batch,

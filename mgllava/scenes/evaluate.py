@@ -61,7 +61,7 @@ def evaluate_answers(
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[FamilyScore]:
-    """Ask one question about each scene, of families in turn, and compare greedy answers word by word.
+    """Ask one question about each scene, of a family drawn at random, and compare greedy answers word by word.
 
     Args:
         model: a `MGLlavaForConditionalGeneration`; its device is used.

@@ -12,6 +12,9 @@ from .recipe import RunSettings
 
 __all__ = ["training_arguments"]
 
+# How long processes wait for each other: the first looks at all records, and stores their features, alone.
+WAIT_SECONDS = 24 * 3600
+
 
 def training_arguments(
     settings: RunSettings, *, gradient_checkpointing: bool = False, **more: Any
@@ -56,6 +59,7 @@ def training_arguments(
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        ddp_timeout=WAIT_SECONDS,
         ddp_find_unused_parameters=False,
         logging_steps=settings.log_every,
         save_steps=settings.save_every,

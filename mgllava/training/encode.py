@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..image_processing_mgllava import UNREADABLE
 from ..modeling_mgllava import IGNORE_INDEX
 from ..processing_mgllava import MGLlavaProcessor
 from .errors import BadRecord
 from .features import FeatureStore
-from .records import IMAGE_TOKEN, Record, read_image
+from .records import IMAGE_TOKEN, UNREADABLE_PICTURE, Record, file_version, read_image
 
 __all__ = ["EncodedText", "Encoder"]
 
@@ -27,7 +28,7 @@ NEARLY_FULL = 50
 BLANK = "blank"
 
 BAD_TEXT = "its text does not fit its picture"
-NO_FEATURES = "its picture could not be read when features were stored"
+NO_FEATURES = "its picture could not be read when features were stored, or it has changed since"
 NO_ROOM = "its text nearly fills the limit, which stored features do not allow for"
 
 
@@ -58,6 +59,7 @@ class Encoder:
         text_limit: tokens a conversation may have, its picture counting as one; what is beyond is cut off.
             Object tokens come on top. The original's is 2048 less the image tokens.
         show: what of a picture the model gets; see `Recipe`.
+        with_features: towers' features will be stored, so that boxes cannot be chosen by the text.
 
     Attributes:
         features: where the towers' features of pictures are; None: samples hold the pictures.
@@ -66,12 +68,15 @@ class Encoder:
         ValueError: fewer than one token.
     """
 
-    def __init__(self, processor: MGLlavaProcessor, text_limit: int, show: str = "all") -> None:
+    def __init__(
+        self, processor: MGLlavaProcessor, text_limit: int, show: str = "all", with_features: bool = False
+    ) -> None:
         if text_limit < 1:
             raise ValueError(f"text_limit is {text_limit}; expected at least 1")
         self.processor = processor
         self.text_limit = text_limit
         self.show = show
+        self.with_features = with_features
         self.features: FeatureStore | None = None
         # A processor that looks at no picture and puts one id in its place, as the original's tokenisation does.
         self._text_processor = copy.copy(processor)
@@ -127,12 +132,10 @@ class Encoder:
         position = text.image_position
         if position is None:
             return {"input_ids": text.input_ids, "labels": text.labels}
-        is_nearly_full = len(text.input_ids) >= self.text_limit - NEARLY_FULL
+        self.check_room(record, text)
         if self.features is None:
-            seen = self.encode_picture(record, is_nearly_full)
+            seen = self.encode_picture(record, self._is_nearly_full(text))
             num_objects = seen["boxes"].shape[1]
-        elif is_nearly_full:
-            raise BadRecord(NO_ROOM, f"id {record.id} has {len(text.input_ids)} tokens of {self.text_limit}")
         else:
             seen = self._read_features(self.features, record)
             num_objects = len(seen["objects"])
@@ -143,6 +146,19 @@ class Encoder:
             "labels": _replaced(text.labels, position, [IGNORE_INDEX] * len(tokens)),
             **seen,
         }
+
+    def check_room(self, record: Record, text: EncodedText) -> None:
+        """Raise BadRecord if the choice of boxes depends on the text while features of all are stored."""
+        if (
+            self.with_features
+            and self.show == "all"
+            and text.image_position is not None
+            and self._is_nearly_full(text)
+        ):
+            raise BadRecord(NO_ROOM, f"id {record.id} has {len(text.input_ids)} tokens of {self.text_limit}")
+
+    def _is_nearly_full(self, text: EncodedText) -> bool:
+        return len(text.input_ids) >= self.text_limit - NEARLY_FULL
 
     def encode_picture(self, record: Record, best_per_label: bool = False) -> dict[str, Tensor]:
         """The picture's half of a sample.
@@ -179,10 +195,20 @@ class Encoder:
         }
 
     def picture_key(self, record: Record) -> str:
-        """A name for a record's picture and its detections."""
-        picture = str(record.image) if isinstance(record.image, Path) else record.id
-        facts = [picture, record.detections]
-        return hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()
+        """A name for a record's picture, a file by its path, size and time, and its detections.
+
+        Raises:
+            BadRecord: the picture cannot be read.
+        """
+        digest = hashlib.sha256(json.dumps(record.detections, default=repr).encode())
+        try:
+            if isinstance(record.image, Path):
+                digest.update(repr(file_version(record.image)).encode())
+            elif record.image is not None:
+                digest.update(f"{record.image.mode} {record.image.size}".encode() + record.image.tobytes())
+        except UNREADABLE as error:
+            raise BadRecord(UNREADABLE_PICTURE, f"id {record.id}, {error}") from error
+        return digest.hexdigest()
 
     def _encode_picture(
         self, record: Record, detections: Mapping[str, Any] | None, best_per_label: bool

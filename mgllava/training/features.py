@@ -60,16 +60,18 @@ class FeatureStore:
             self._places |= {key: (path, row) for row, key in enumerate(keys)}
 
     def is_complete(self, data: str) -> bool:
-        """Whether `mark_complete` was called with this text and every file of then is still there."""
-        files = {path.name for path in self.folder.glob("*.safetensors")}
+        """Whether `mark_complete` was called with this text, and every file of then is still there."""
         marks = self._marks()
-        return data in marks and files.issuperset(marks[data])
+        return data in marks and self._files().issuperset(marks[data])
 
     def mark_complete(self, data: str) -> None:
         """Remember that there is nothing to encode for the data that this text stands for."""
-        marks = self._marks() | {data: sorted(path.name for path in self.folder.glob("*.safetensors"))}
+        marks = self._marks() | {data: sorted(self._files())}
         with replace_file(self.folder / COMPLETE_FILE) as scratch:
             scratch.write_text(json.dumps(marks) + "\n")
+
+    def _files(self) -> set[str]:
+        return {path.name for path, _ in self._places.values()}
 
     def _marks(self) -> dict[str, list[str]]:
         path = self.folder / COMPLETE_FILE

@@ -20,7 +20,8 @@ class PackedList:
     def __init__(self, values: Iterable[Any]):
         packed, ends = bytearray(), array("q")
         for value in values:
-            packed += json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+            packed += text.encode(errors="surrogatepass")  # of halves of characters, which JSON can hold
             ends.append(len(packed))
         self._bytes = np.frombuffer(bytes(packed), dtype=np.uint8)
         self._ends = np.array(ends, dtype=np.int64)
@@ -30,4 +31,4 @@ class PackedList:
 
     def __getitem__(self, index: int) -> Any:
         start = self._ends[index - 1] if index else 0
-        return json.loads(self._bytes[start : self._ends[index]].tobytes())
+        return json.loads(self._bytes[start : self._ends[index]].tobytes().decode(errors="surrogatepass"))

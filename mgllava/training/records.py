@@ -13,7 +13,7 @@ from ..objects.boxes import check_detections
 from .errors import BadRecord, DataError
 from .packed_list import PackedList
 
-__all__ = ["LlavaRecords", "PythonRecords", "Record", "RecordSource", "turns_of_llava"]
+__all__ = ["LlavaRecords", "PythonRecords", "Record", "RecordSource", "file_version", "turns_of_llava"]
 
 IMAGE_TOKEN = "<image>"
 CONVERSATION = '[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]'
@@ -97,7 +97,7 @@ class LlavaRecords:
             raise DataError(f"pictures: there is no folder {pictures}")
         self._boxes = None if boxes is None else _Boxes(Path(boxes).expanduser())
         paths = [Path(path).expanduser() for path in (records, boxes) if path is not None]
-        self.fingerprint = f"{[_version(path) for path in paths]} {self._pictures}"
+        self.fingerprint = f"{[file_version(path) for path in paths]} {self._pictures}"
 
     def __len__(self) -> int:
         return len(self._records)
@@ -334,6 +334,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _version(path: Path) -> tuple[str, int, int]:
+def file_version(path: Path) -> tuple[str, int, int]:
+    """Path, size and time of change of a file, which tell it from what it was before."""
     status = path.stat()
     return str(path.resolve()), status.st_size, status.st_mtime_ns

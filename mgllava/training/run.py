@@ -38,6 +38,7 @@ __all__ = ["build_trainer", "check_output", "check_trackers", "keep_recipe", "op
 logger = logging.get_logger(__name__)
 
 RECIPE_FILE = "recipe.json"
+PARTS_FILE = "parts.json"
 RECORDS_FILE = "records.safetensors"
 MODEL_FOLDER = "model"
 TEXT_AND_IMAGE_TOKENS = 2048  # of the original; its text limit leaves the image tokens out
@@ -89,17 +90,19 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
         num_train_epochs=recipe.epochs,
         include_num_input_tokens_seen="non_padding",
     )
-    with arguments.main_process_first(desc="putting the model together"):
+    # One process of all nodes, which share the disk, as they do for checkpoints.
+    with arguments.main_process_first(local=False, desc="putting the model together"):
         _assemble_if_missing(recipe)
     processor = MGLlavaProcessor.from_pretrained(recipe.model)
     text_limit = recipe.text_limit or TEXT_AND_IMAGE_TOKENS - processor.num_image_tokens
-    with arguments.main_process_first(desc="checking the records"):
+    with arguments.main_process_first(local=False, desc="checking the records"):
         samples = TrainingSamples(
             sources,
-            Encoder(processor, text_limit, recipe.show),
+            Encoder(processor, text_limit, recipe.show, with_features=recipe.features is not None),
             max_bad_share=recipe.max_bad_share,
             workers=recipe.workers,
             cache=output / RECORDS_FILE,
+            begun=output.is_dir() and get_last_checkpoint(output) is not None,
             progress=arguments.process_index == 0,
         )
     if arguments.process_index == 0:
@@ -185,8 +188,19 @@ def check_trackers(recipe: RunSettings) -> None:
 def _assemble_if_missing(recipe: Recipe) -> None:
     if recipe.parts is None:
         check_model_folder(recipe.model)
-    elif not Path(recipe.model).exists():
-        assemble_model(recipe.parts, recipe.model, recipe.seed)
+        return
+    folder = Path(recipe.model)
+    facts = {"parts": dataclasses.asdict(recipe.parts), "seed": recipe.seed}
+    if not folder.exists():
+        assemble_model(recipe.parts, folder, recipe.seed)
+        with replace_file(folder / PARTS_FILE) as scratch:
+            scratch.write_text(json.dumps(facts, indent=2) + "\n")
+    elif (folder / PARTS_FILE).is_file() and (
+        before := json.loads((folder / PARTS_FILE).read_text())
+    ) != facts:
+        raise RecipeError(
+            f"model is {folder}, which was put together of {before}; the recipe says {facts}; choose another folder"
+        )
 
 
 def _load_model(recipe: Recipe, with_deepspeed: bool) -> torch.nn.Module:
@@ -212,7 +226,7 @@ def _store_features(folder: str, trainer: MGLlavaTrainer, processor: MGLlavaProc
     model = next(module for module in trainer.model.modules() if isinstance(module, MGLlavaModel))
     towers = fingerprint_towers(model, processor.image_processor)
     samples = trainer.train_dataset
-    with trainer.args.main_process_first(desc="features of pictures"):
+    with trainer.args.main_process_first(local=False, desc="features of pictures"):
         store = FeatureStore(folder, towers)
         if trainer.args.process_index == 0:
             samples.store_features(store, model, progress=True)

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..files import replace_file
 from ..modeling_mgllava import MGLlavaModel
 from .encode import BLANK, Encoder
-from .errors import BadRecord, DataError
+from .errors import UNWRITABLE, BadRecord, CheckpointError, DataError
 from .features import FeatureStore
 from .records import RecordSource, check_record
 
@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 NO_LABEL = "no token of an answer is left within the text limit"
 DETAILS_SHOWN = 3  # for each reason
 _RECORDS_PER_TASK = 64
+SAMPLES_ASKED = 8
 
 
 @dataclass
@@ -88,6 +89,7 @@ class TrainingSamples(Dataset):
         max_bad_share: share of records that may be bad, between 0 and 1.
         workers: processes that look at the records; 0 looks in this one.
         cache: file that keeps what was found, for the next start with the same data. None: looks again.
+        begun: a run has begun on what `cache` holds; records of other lengths would go on in another order.
         progress: show a progress bar.
 
     Attributes:
@@ -95,7 +97,7 @@ class TrainingSamples(Dataset):
         report: what was found.
 
     Raises:
-        DataError: more records are bad, or none is left.
+        DataError: more records are bad, or none is left; or they are others than those the run began on.
     """
 
     def __init__(
@@ -106,14 +108,22 @@ class TrainingSamples(Dataset):
         max_bad_share: float = 0.0,
         workers: int = 0,
         cache: Path | None = None,
+        begun: bool = False,
         progress: bool = False,
     ) -> None:
         self._sources = list(sources)
         self._workers = workers
         self._starts = np.cumsum([0, *(len(source) for source in self._sources)])
         self._encoder = encoder
-        lengths, self.report = self._look(workers, cache, progress)
+        fingerprint = self._fingerprint()
+        found = None if cache is None else _read_cache(cache, fingerprint)
+        lengths, self.report = found or self._look(workers, progress)
         self.report.check(max_bad_share)
+        if begun and cache is not None and found is None:
+            _check_same_lengths(cache, lengths)
+        # Not before: what is too bad to be trained on is mended, and then looked at again.
+        if cache is not None and found is None:
+            _write_cache(cache, fingerprint, lengths, self.report)
         self._kept = np.flatnonzero(lengths)
         self.lengths = lengths[self._kept]
         self._allowed = int(max_bad_share * self.report.records)
@@ -149,17 +159,21 @@ class TrainingSamples(Dataset):
         """
         if self._encoder.show == "low_res" and BLANK not in store:
             store.fill(model, [self._encoder.blank_to_store()])
-        data = self._fingerprint()
-        if store.is_complete(data):
-            return
+        data = hashlib.sha256(self._fingerprint().encode() + self._kept.tobytes()).hexdigest()
+        pictures = _Pictures(self, store)
+        # Files may have changed, and cost little to look at; of what code makes a few show whether the code has.
+        if all(source.is_checked for source in self._sources) and store.is_complete(data):
+            some = np.linspace(0, len(self) - 1, SAMPLES_ASKED).astype(int)
+            if all(pictures[int(index)] is None for index in some):
+                return
         loader = DataLoader(
-            _Pictures(self, store),
+            pictures,
             batch_size=_RECORDS_PER_TASK,
             num_workers=self._workers,
             collate_fn=list,
         )
-        pictures = (picture for task in loader for picture in task)
-        bar = tqdm(pictures, total=len(self), desc="features of pictures", disable=not progress)
+        found = (picture for task in loader for picture in task)
+        bar = tqdm(found, total=len(self), desc="features of pictures", disable=not progress)
         unreadable: list[str] = []
 
         def readable() -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -192,10 +206,7 @@ class TrainingSamples(Dataset):
         source = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self._sources[source][number - int(self._starts[source])]
 
-    def _look(self, workers: int, cache: Path | None, progress: bool) -> tuple[np.ndarray, DataReport]:
-        fingerprint = self._fingerprint()
-        if cache is not None and (found := _read_cache(cache, fingerprint)) is not None:
-            return found
+    def _look(self, workers: int, progress: bool) -> tuple[np.ndarray, DataReport]:
         report = DataReport(int(self._starts[-1]))
         # One token and a picture is what a record that is not looked at counts as.
         lengths = np.ones(report.records, dtype=np.int32)
@@ -220,8 +231,6 @@ class TrainingSamples(Dataset):
                     report.unlabelled += 1
                 elif reason:
                     report.add(reason, detail)
-        if cache is not None:
-            _write_cache(cache, fingerprint, lengths, report)
         return lengths, report
 
     def _fingerprint(self) -> str:
@@ -236,7 +245,8 @@ class TrainingSamples(Dataset):
 
 
 class _Pictures(Dataset):
-    """For each sample the key and the picture; None for text alone, and for what is stored; why it cannot be read."""
+    """For each sample the key and the picture; None for text alone and for what is stored, and as text the reason why
+    a picture cannot be read."""
 
     def __init__(self, samples: TrainingSamples, store: FeatureStore) -> None:
         self._samples = samples
@@ -278,6 +288,7 @@ class _Looks(Dataset):
             record = self._source[index]
             check_record(record)
             text = self._encoder.encode_text(record)
+            self._encoder.check_room(record, text)
         except BadRecord as error:
             return 0, error.reason, error.detail
         if not text.has_labels:
@@ -287,6 +298,16 @@ class _Looks(Dataset):
         return len(text.input_ids) - 1 + self._encoder.processor.num_image_tokens, "", ""
 
 
+def _check_same_lengths(cache: Path, lengths: np.ndarray) -> None:
+    """Raise DataError unless these are the lengths that an earlier look found, whatever made it look again."""
+    before = _read_cache(cache)
+    if before is not None and not np.array_equal(before[0], lengths):
+        raise DataError(
+            f"{cache.parent} holds a run that began on other records, {len(before[0])} then and {len(lengths)} now, or "
+            "on other texts; restore them, or choose another output"
+        )
+
+
 def _write_cache(path: Path, fingerprint: str, lengths: np.ndarray, report: DataReport) -> None:
     metadata = {
         "fingerprint": fingerprint,
@@ -294,19 +315,22 @@ def _write_cache(path: Path, fingerprint: str, lengths: np.ndarray, report: Data
         "bad": json.dumps(report.bad),
         "details": json.dumps(report.details),
     }
-    with replace_file(path) as scratch:
-        save_file({"lengths": lengths}, scratch, metadata=metadata)
+    try:
+        with replace_file(path) as scratch:
+            save_file({"lengths": lengths}, scratch, metadata=metadata)
+    except UNWRITABLE as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def _read_cache(path: Path, fingerprint: str) -> tuple[np.ndarray, DataReport] | None:
-    """What an earlier look found; None if there was none, or at other data."""
+def _read_cache(path: Path, fingerprint: str | None = None) -> tuple[np.ndarray, DataReport] | None:
+    """What an earlier look found; None if there was none, or at other data than of this fingerprint."""
     try:
         with safe_open(path, "np") as file:
             facts = file.metadata()
             lengths = file.get_tensor("lengths")
     except (OSError, SafetensorError):
         return None
-    if facts.get("fingerprint") != fingerprint:
+    if fingerprint is not None and facts.get("fingerprint") != fingerprint:
         return None
     report = DataReport(
         len(lengths),

@@ -59,6 +59,7 @@ class MGLlavaTrainer(Trainer):
         self._is_saving = False
         self._clock = _Clock()
         self.add_callback(self._clock)
+        self.add_callback(_AsArguments(order))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.muon_learning_rate is None:
@@ -152,6 +153,23 @@ class _Clock(TrainerCallback):
         steps, seconds = step - self._step, time.perf_counter() - self._time
         self._step, self._time = step, time.perf_counter()
         return steps, seconds
+
+
+class _AsArguments(TrainerCallback):
+    """What Trainer forgets when it goes on from a checkpoint.
+
+    Among several processes it skips batches through wrappers that do not pass the epoch's number on, so that the rest
+    of a later epoch would be that of the first; and intervals would stay those that the checkpoint was made with.
+    """
+
+    def __init__(self, order: TrainingOrder) -> None:
+        self._order = order
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._order.set_epoch(state.global_step * self._order.global_batch // len(self._order))
 
 
 def _memory(device: torch.device) -> int:

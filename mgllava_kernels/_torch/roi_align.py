@@ -270,6 +270,12 @@ def _box_by_box(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def _touched_cells(boxes: Tensor, height: int, width: int, spatial_scale: float) -> float:
+    """About how many cells the boxes touch, each box its own."""
+    extent = (boxes[:, 3:] - boxes[:, 1:3]).abs() * spatial_scale + 2
+    return (extent[:, 0].clamp(max=width) * extent[:, 1].clamp(max=height)).sum().item()
+
+
 def _weight_chunks(boxes: Tensor, elements: int) -> Sequence[Tensor]:
     """Groups of boxes whose axis weights, `elements` a box, stay within one chunk; at least one group."""
     return boxes.split(max(1, CHUNK_ELEMENTS // elements))
@@ -291,6 +297,8 @@ def roi_align(
     image_index = boxes[:, 0].trunc()
     if _box_by_box(input.device):
         maps = input.permute(0, 2, 3, 1)
+        if _touched_cells(boxes, height, width, spatial_scale) > images * height * width:
+            maps = maps.to(boxes.dtype).contiguous()
         sizes = (height, width, spatial_scale, output_height, output_width, sampling_ratio, aligned)
         bins = [
             roi_crops.align(

@@ -1,11 +1,11 @@
 """RoIAlign on the CPU: each box reads only the rows and columns its weights touch.
 
 A box costs two small matrix products: first over the rows, then over the columns of a channels-last map, of which
-it takes a view. Maps of another layout or dtype are made so, or, where boxes touch fewer cells than there are, the
-cells of each box. Boxes come one after the other, so sums have one fixed order.
+it takes a view; of maps of another layout or dtype it copies the cells. Boxes come one after the other, so sums have
+one fixed order.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -34,18 +34,11 @@ def align(maps: Tensor, image_index: Tensor, weights_y: Tensor, weights_x: Tenso
     """Bins of every box, (K, bins_y, bins_x, C), from maps (B, H, W, C): w_y · F · w_xᵀ, in the weights' dtype."""
     channels = maps.shape[-1]
     output = weights_y.new_zeros(len(image_index), weights_y.shape[1], weights_x.shape[1], channels)
-    own = list(crops(image_index, weights_y, weights_x))
-    if _cells(own) > maps[..., 0].numel():
-        maps = maps.to(output.dtype).contiguous()
-    for box, image, rows, columns in own:
+    for box, image, rows, columns in crops(image_index, weights_y, weights_x):
         by_row = maps[image, rows, columns].to(output.dtype).flatten(1)
         partial = (weights_y[box, :, rows] @ by_row).unflatten(1, (-1, channels))
         torch.matmul(weights_x[box, :, columns], partial, out=output[box])
     return output
-
-
-def _cells(own: Iterable[Crop]) -> int:
-    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, _, rows, columns in own)
 
 
 def align_backward(

@@ -24,6 +24,8 @@ def places(tmp_path, monkeypatch):
     for name in ("RESULT", "PLOT", "TABLE"):
         monkeypatch.setattr(ablation, name, tmp_path / getattr(ablation, name).name)
     monkeypatch.setattr(ablation, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(ablation, "STEPS", (1, 1))
+    monkeypatch.setattr(ablation, "SCENES", 8)
     return tmp_path
 
 
@@ -75,13 +77,35 @@ def test_what_is_done_is_not_done_again_and_all_of_it_is_shown(places, monkeypat
     assert ablation.PLOT.stat().st_size > 1000
 
 
+def test_results_of_another_budget_are_not_mixed_in(places, monkeypatch):
+    other = result("low_res", 1, 9) | {"steps": [1, 2]}
+    ablation.RESULT.write_text(json.dumps([other, result("gate_sum", 1, 5)]))
+    answer = run("--report")
+    assert answer.exit_code == 0
+    assert "1 results of other steps or scenes are left out" in answer.stderr
+    table = ablation.TABLE.read_text()
+    assert "low resolution only" not in table
+    assert "| + objects: the whole model | 1 | 2 | 50.0 |" in table
+
+
+def test_what_is_committed_shows_what_each_part_adds():
+    results = json.loads(ablation.RESULT.read_text())
+    totals = {(one["arm"], one["seed"]): one["scores"]["all"] for one in results}
+    seeds = [seed for arm, seed in totals if arm == "low_res" and ("gate_sum", seed) in totals]
+    assert seeds
+    for seed in seeds:
+        (low, asked), (whole, same) = totals["low_res", seed], totals["gate_sum", seed]
+        assert asked == same == ablation.TEST_SCENES
+        assert whole - low >= 0.15 * asked
+    assert ablation.TABLE.read_text() == ablation.document(results)
+
+
 def test_an_arm_that_is_none_is_named(places):
     answer = run("--arm", "guess")
     assert answer.exit_code == 1
 
 
 def test_an_arm_is_trained_and_scored(places, monkeypatch):
-    monkeypatch.setattr(ablation, "STEPS", (1, 1))
     monkeypatch.setattr(ablation, "SCENES", 16)
     monkeypatch.setattr(ablation, "TEST_SCENES", 10)
     arm = next(arm for arm in ablation.ARMS if arm.name == "concat_raw")

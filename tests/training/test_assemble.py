@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from mgllava import MGLlavaForConditionalGeneration, MGLlavaProcessor
 from mgllava.training.assemble import assemble_model
+from mgllava.training.errors import RecipeError
 from mgllava.training.neck import is_neck
 from mgllava.training.recipe import Parts
 from mgllava.training.run import build_trainer
@@ -61,3 +62,5 @@ def test_a_recipe_puts_its_model_together_once(parts, tmp_path, variant):
     written = (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns
     build_trainer(recipe)
     assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(RecipeError, match=r"base, which was put together of .*; the recipe says .*'seed': 7"):
+        build_trainer(tiny_recipe(tmp_path / "base", data, tmp_path / "other", **changes, seed=7))

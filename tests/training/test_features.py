@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from miniature import losses_of, tiny_processor, tiny_recipe, write_data, write_tiny_model
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from tiny import one_row, tiny_inputs, tiny_model
 
 from mgllava.modeling_mgllava import MGLlavaModel
+from mgllava.scenes import dataset as dataset_module
+from mgllava.training import samples as samples_module
 from mgllava.training.encode import Encoder
 from mgllava.training.errors import CheckpointError, DataError
 from mgllava.training.features import FeatureStore
@@ -87,21 +90,55 @@ def test_towers_run_once_for_every_picture(model_folder, data, tmp_path, monkeyp
         assert sum(encoded) == more, show
 
 
-def test_stored_data_are_not_gone_through_again(model_folder, data, tmp_path, monkeypatch):
+def test_what_code_makes_is_not_gone_through_again(model_folder, tmp_path, monkeypatch):
     folder = tmp_path / "features"
+    asked = []
+    ask = samples_module._Pictures.__getitem__
+    monkeypatch.setattr(
+        samples_module._Pictures,
+        "__getitem__",
+        lambda self, index: asked.append(index) or ask(self, index),
+    )
 
-    def start(name, data):
-        return build_trainer(tiny_recipe(model_folder, data, tmp_path / name, features=str(folder)))
+    def start(name):
+        asked.clear()
+        scenes = {
+            "dataset": "mgllava.scenes:SceneDataset",
+            "arguments": {"split": "train", "num_scenes": 20, "turns": 1},
+        }
+        return build_trainer(tiny_recipe(model_folder, scenes, tmp_path / name, features=str(folder)))
 
-    start("first", data)
-    with monkeypatch.context() as still:
-        still.setattr("mgllava.training.samples._Pictures.__getitem__", lambda self, index: 1 / 0)
-        start("second", data)
-        with pytest.raises(ZeroDivisionError):
-            start("others", write_data(tmp_path / "others"))
+    start("first")
+    assert len(asked) == 20
+    start("second")
+    assert len(asked) == 8
     (file,) = folder.glob("*.safetensors")
     file.unlink()
-    assert "objects" in start("third", data).train_dataset[0]
+    assert "objects" in start("third").train_dataset[0]
+    assert len(asked) == 20
+    render = dataset_module.render
+    monkeypatch.setattr(dataset_module, "render", lambda scene: ImageOps.mirror(render(scene)))
+    start("changed code")
+    assert len(list(folder.glob("*.safetensors"))) == 2
+
+
+def test_pictures_that_changed_are_encoded_anew(model_folder, tmp_path):
+    data = write_data(tmp_path / "data")
+
+    def features_of(name):
+        recipe = tiny_recipe(model_folder, data, tmp_path / name, features=str(tmp_path / "features"))
+        return build_trainer(recipe).train_dataset[3]["low_res"]
+
+    before = features_of("before")
+    path = tmp_path / "data" / "pictures" / "3.png"
+    ImageOps.mirror(Image.open(path)).save(path)
+    assert not torch.equal(features_of("after"), before)
+
+
+def test_pictures_in_memory_are_told_apart_whatever_their_ids(tmp_path):
+    encoder = Encoder(tiny_processor(), 400)
+    white, black = (Record("0", (), Image.new("RGB", (8, 8), colour)) for colour in ("white", "black"))
+    assert encoder.picture_key(white) != encoder.picture_key(black)
 
 
 def test_a_picture_that_cannot_be_read_is_replaced_and_tried_again(model_folder, tmp_path):
@@ -160,7 +197,7 @@ def test_features_of_other_towers_are_refused(tmp_path):
 
 def test_text_that_nearly_fills_its_limit_cannot_use_them(data, tmp_path):
     processor = tiny_processor()
-    encoder = Encoder(processor, 60)
+    encoder = Encoder(processor, 60, with_features=True)
     encoder.features = FeatureStore(tmp_path, "a")
     record = Record("1", (("<image>\n" + "What is in the picture? " * 3, "A cat."),), tmp_path / "1.png")
     with pytest.raises(ValueError, match="nearly fills"):

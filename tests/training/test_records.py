@@ -36,7 +36,7 @@ def samples_of(data, **options):
 
 
 def test_a_packed_list_gives_back_what_it_was_given():
-    values = [{"a": "é\n"}, [1, None, 2.5], "", {}, "text"]
+    values = [{"a": "é\n"}, [1, None, 2.5], "", {}, "half of a character: \ud83d"]
     packed = PackedList(iter(values))
     assert len(packed) == 5
     assert [packed[index] for index in range(5)] == values
@@ -233,6 +233,29 @@ def test_what_was_found_is_kept_for_the_same_data_only(data, tmp_path, monkeypat
     cache.write_bytes(b"damaged")
     with pytest.raises(pytest.fail.Exception, match="looked again"):
         samples_of(data, max_bad_share=0.1, cache=cache)
+
+
+def test_records_too_bad_to_train_on_are_looked_at_again_once_mended(data, tmp_path):
+    path = tmp_path / "pictures" / "1.png"
+    picture = path.read_bytes()
+    path.unlink()
+    cache = tmp_path / "cache.safetensors"
+    with pytest.raises(DataError, match="1 of 16 records cannot be used"):
+        samples_of(data, cache=cache)
+    path.write_bytes(picture)
+    assert len(samples_of(data, cache=cache)) == 16
+
+
+def test_a_run_does_not_go_on_with_other_records(data, tmp_path):
+    cache = tmp_path / "cache.safetensors"
+    samples_of(data, cache=cache)
+    samples_of(data, cache=cache, begun=True)
+    change(data["boxes"], lambda content: content.append({"id": "new", "boxes": []}))
+    samples_of(data, cache=cache, begun=True)  # boxes do not decide the order
+    change(data["records"], lambda content: content.pop())
+    with pytest.raises(DataError, match="began on other records, 16 then and 15 now"):
+        samples_of(data, cache=cache, begun=True)
+    assert len(samples_of(data, cache=cache)) == 15
 
 
 class Turn:

@@ -104,7 +104,7 @@ def test_the_fast_path_learns_what_the_reference_learns(model_folder, data, tmp_
 def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine):
     """Among the batches: text alone in both processes, and pictures in one and text alone in the other."""
     data = write_data(tmp_path / "data", pictured=9, text_only=7)
-    trainer = build_trainer(run_recipe(model_folder, data, tmp_path / "one", max_steps=4))
+    trainer = build_trainer(run_recipe(model_folder, data, tmp_path / "one", max_steps=8))
     order = list(trainer.order)
     pictured = [[trainer.order.lengths[i] > 0 for i in order[first : first + 2]] for first in range(0, 16, 2)]
     batches = list(zip(pictured[::2], pictured[1::2], strict=True))
@@ -112,15 +112,16 @@ def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine):
     assert any(any(one) != any(other) for one, other in batches)
     trainer.train()
 
-    recipe = run_recipe(model_folder, data, tmp_path / "two", max_steps=4, per_device_batch=2)
-    if engine == "fsdp2":  # killed on the way, as every process would be
-        killed = run_in_processes(recipe, killed_at="step 3", processes=2, sharded=True)
-        assert -signal.SIGKILL in killed
-        assert [path.name for path in (tmp_path / "two").glob("checkpoint-*")] == ["checkpoint-2"]
+    recipe = run_recipe(model_folder, data, tmp_path / "two", max_steps=8, per_device_batch=2)
+    # Killed within the second epoch, as every process would be.
+    killed = run_in_processes(recipe, killed_at="step 8", processes=2, sharded=engine == "fsdp2")
+    assert -signal.SIGKILL in killed
+    assert (tmp_path / "two" / "checkpoint-6").is_dir()
+    assert not (tmp_path / "two" / "checkpoint-8").exists()
     assert run_in_processes(recipe, processes=2, sharded=engine == "fsdp2") == [0, 0]
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=TOLERANCE)
-    assert (tmp_path / "two" / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file() == (engine == "fsdp2")
-    weights = "checkpoint-4/model.safetensors"
+    assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file() == (engine == "fsdp2")
+    weights = "checkpoint-8/model.safetensors"
     assert_same_weights(tmp_path / "one" / weights, tmp_path / "two" / weights, TOLERANCE)
 
 
@@ -336,6 +337,16 @@ def test_so_many_checkpoints_stay_as_the_recipe_says(uninterrupted, model_folder
         "checkpoint-4",
         "checkpoint-6",
     ]
+
+
+def test_a_run_goes_on_with_other_intervals(model_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(MGLlavaTrainer, "training_step", stop_at(3, MGLlavaTrainer.training_step))
+    with pytest.raises(InterruptedError):
+        train(run_recipe(model_folder, data, tmp_path / "run", keep_checkpoints=9))
+    monkeypatch.undo()
+    train(run_recipe(model_folder, data, tmp_path / "run", keep_checkpoints=9, save_every=1))
+    found = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert found == {f"checkpoint-{step}" for step in range(2, STEPS + 1)}
 
 
 def test_another_recipe_does_not_go_on_with_a_run(model_folder, data, uninterrupted, tmp_path):
