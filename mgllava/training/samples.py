@@ -127,15 +127,16 @@ class TrainingSamples(Dataset):
         self._kept = np.flatnonzero(lengths)
         self.lengths = lengths[self._kept]
         self._allowed = int(max_bad_share * self.report.records)
-        self._replaced = multiprocessing.Value("q", self.report.bad.total())
+        # One byte a record, shared by all workers: a damaged one comes up again in every epoch, and as a substitute.
+        self._replaced = multiprocessing.Array("b", self.report.records)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     @property
     def replaced(self) -> int:
-        """Samples that were replaced since the start, by all workers of this process."""
-        return self._replaced.value - self.report.bad.total()
+        """Records that turned out to be bad since the start, for all workers of this process."""
+        return int(np.count_nonzero(np.frombuffer(self._replaced.get_obj(), dtype=np.uint8)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -148,7 +149,7 @@ class TrainingSamples(Dataset):
                     raise BadRecord(NO_LABEL, f"record {number}")
                 return sample
             except BadRecord as error:
-                self._count_replaced(error)
+                self._count_replaced(number, error)
         raise DataError("no record can be read")
 
     def store_features(self, store: FeatureStore, model: MGLlavaModel, *, progress: bool) -> None:
@@ -191,10 +192,10 @@ class TrainingSamples(Dataset):
         """From now on samples hold features in place of pictures."""
         self._encoder.features = store
 
-    def _count_replaced(self, error: BadRecord) -> None:
+    def _count_replaced(self, number: int, error: BadRecord) -> None:
         with self._replaced.get_lock():
-            self._replaced.value += 1
-            bad = self._replaced.value
+            self._replaced[number] = 1
+            bad = self.report.bad.total() + self.replaced
         logger.warning(f"the next sample takes the place of a record: {error}")
         if bad > self._allowed:
             raise DataError(

@@ -207,11 +207,14 @@ def test_a_picture_damaged_behind_its_header_is_replaced_and_counted(data, tmp_p
     samples = samples_of(data, max_bad_share=0.1)
     assert len(samples) == 16
     assert samples[3]["input_ids"] == samples[4]["input_ids"]
+    assert samples[3]["labels"] == samples[4]["labels"]
     assert samples.replaced == 1
+    path = tmp_path / "pictures" / "5.png"
+    path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(
         DataError, match="2 of 16 records cannot be used, more than the 1 that max_bad_share allows"
     ):
-        samples[3]
+        samples[5]
 
 
 def test_what_was_found_is_kept_for_the_same_data_only(data, tmp_path, monkeypatch):

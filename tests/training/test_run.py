@@ -100,11 +100,12 @@ def test_the_fast_path_learns_what_the_reference_learns(model_folder, data, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine):
+@pytest.mark.parametrize(("engine", "stage"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2)])
+def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine, stage):
     """Among the batches: text alone in both processes, and pictures in one and text alone in the other."""
-    data = write_data(tmp_path / "data", pictured=9, text_only=7)
-    trainer = build_trainer(run_recipe(model_folder, data, tmp_path / "one", max_steps=8))
+    pictured, settings = (9 if stage == 2 else 5), {"stage": stage, "max_steps": 8}
+    data = write_data(tmp_path / "data", pictured=pictured, text_only=16 - pictured)
+    trainer = build_trainer(run_recipe(model_folder, data, tmp_path / "one", **settings))
     order = list(trainer.order)
     pictured = [[trainer.order.lengths[i] > 0 for i in order[first : first + 2]] for first in range(0, 16, 2)]
     batches = list(zip(pictured[::2], pictured[1::2], strict=True))
@@ -112,7 +113,7 @@ def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine):
     assert any(any(one) != any(other) for one, other in batches)
     trainer.train()
 
-    recipe = run_recipe(model_folder, data, tmp_path / "two", max_steps=8, per_device_batch=2)
+    recipe = run_recipe(model_folder, data, tmp_path / "two", **settings, per_device_batch=2)
     # Killed within the second epoch, as every process would be.
     killed = run_in_processes(recipe, killed_at="step 8", processes=2, sharded=engine == "fsdp2")
     assert -signal.SIGKILL in killed
@@ -121,7 +122,7 @@ def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine):
     assert run_in_processes(recipe, processes=2, sharded=engine == "fsdp2") == [0, 0]
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=TOLERANCE)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file() == (engine == "fsdp2")
-    weights = "checkpoint-8/model.safetensors"
+    weights = f"checkpoint-8/{'neck' if stage == 1 else 'model'}.safetensors"
     assert_same_weights(tmp_path / "one" / weights, tmp_path / "two" / weights, TOLERANCE)
 
 
