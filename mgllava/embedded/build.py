@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..chat import load_model
 from ..files import replace_folder
 from ..scenes import CHANCE, ask, detect, render, sample_scene
+from ..scenes.blind import measure_blind_scores
 from ..scenes.evaluate import SHOWN, FamilyScore, evaluate_answers
 from ..training.log import training_seconds
 from . import LANGUAGE_MODEL, MODEL, PICTURE
@@ -64,7 +65,8 @@ def _card(runs: Path, parameters: int, scores: dict[str, list[FamilyScore]]) -> 
         for run in RUNS
     )
     regions = ", ".join(f"{name} {100 * value:.1f}%" for name, value in reports["towers"]["regions"].items())
-    rows = "\n".join(_row(group, scores) for group in (score.group for score in scores["all"]))
+    blind = {row.family: max(row.constant, row.classifier) for row in measure_blind_scores()}
+    rows = "\n".join(_row(score.group, scores, blind) for score in scores["all"])
     total = scores["all"][0]
     return _CARD.format(
         parameters=parameters / 1e6,
@@ -78,11 +80,11 @@ def _card(runs: Path, parameters: int, scores: dict[str, list[FamilyScore]]) -> 
     )
 
 
-def _row(group: str, scores: dict[str, list[FamilyScore]]) -> str:
+def _row(group: str, scores: dict[str, list[FamilyScore]], blind: dict[str, float]) -> str:
     found = {show: next((score for score in scores[show] if score.group == group), None) for show in SHOWN}
     shares = [f"{100 * score.accuracy:.1f}" if score else "-" for score in found.values()]
-    chance = f"{100 * CHANCE[group]:.0f}" if group in CHANCE else "-"
-    return f"| {group.replace('_', ' ')} | {found['all'].questions} | {' | '.join(shares)} | {chance} |"
+    shares += [f"{100 * known[group]:.0f}" if group in known else "-" for known in (blind, CHANCE)]
+    return f"| {group.replace('_', ' ')} | {found['all'].questions} | {' | '.join(shares)} |"
 
 
 _CARD = """---
@@ -133,11 +135,12 @@ On two CPU cores; data are made by `mgllava.scenes`, no scene or handwriting of 
 Share of questions answered exactly, in per cent: with the boxes of a simulated detector, as in training; with those
 that the detector without weights finds; without boxes; and with a blank high-resolution view too. The last two are
 this model deprived of what it was trained with; models trained without are compared in the repository's ablation.
-`chance` is what words alone can score. The last rows are the questions by the size of the smallest thing that the
+`blind` is what was scored without looking, by the better of the commonest answer to a text and a random forest on its
+words and the number of boxes; `chance` what is possible so by construction. The last rows are the questions by the size of the smallest thing that the
 answer hangs on.
 
-| questions about | number | all | found boxes | no boxes | low resolution alone | chance |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| questions about | number | all | found boxes | no boxes | low resolution alone | blind | chance |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
 """
 
