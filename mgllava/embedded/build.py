@@ -136,8 +136,8 @@ Share of questions answered exactly, in per cent: with the boxes of a simulated 
 that the detector without weights finds; without boxes; and with a blank high-resolution view too. The last two are
 this model deprived of what it was trained with; models trained without are compared in the repository's ablation.
 `blind` is what was scored without looking, by the better of the commonest answer to a text and a random forest on its
-words and the number of boxes; `chance` what is possible so by construction. The last rows are the questions by the size of the smallest thing that the
-answer hangs on.
+words and the number of boxes; `chance` what is possible so by construction. The last rows are the questions by the size
+of the smallest thing that the answer hangs on.
 
 | questions about | number | all | found boxes | no boxes | low resolution alone | blind | chance |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
