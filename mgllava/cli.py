@@ -25,7 +25,7 @@ console = Console(stderr=True)
 
 def show_error(error: Exception) -> None:
     console.print("[bold red]error:[/]", end=" ")
-    console.print(str(error), markup=False, highlight=False)
+    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
 
 
 def friendly_errors(command: Callable[..., None]) -> Callable[..., None]:
