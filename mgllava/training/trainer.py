@@ -23,6 +23,12 @@ __all__ = ["MGLlavaTrainer"]
 
 SCRATCH = ".incomplete"
 
+# transformers 5.17 goes on from a checkpoint on several CPU processes with the device "cpu:0", which torch.load does
+# not know.
+torch.serialization.register_package(
+    15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 class MGLlavaTrainer(Trainer):
     """A Trainer of MG-LLaVA.
