@@ -262,7 +262,9 @@ def main(
     found = json.loads(RESULT.read_text()) if RESULT.is_file() else []
     results = [one for one in found if (one["steps"], one["scenes"]) == (list(STEPS), SCENES)]
     if len(results) < len(found):
-        console.print(f"{len(found) - len(results)} results of other steps or scenes are left out")
+        console.print(
+            f"left out, of other steps or scenes: {len(found) - len(results)} of {len(found)} results"
+        )
     for seed in () if report else SEEDS[:seeds]:
         for one in ARMS:
             is_done = any((result["arm"], result["seed"]) == (one.name, seed) for result in results)

@@ -82,7 +82,7 @@ def test_results_of_another_budget_are_not_mixed_in(places, monkeypatch):
     ablation.RESULT.write_text(json.dumps([other, result("gate_sum", 1, 5)]))
     answer = run("--report")
     assert answer.exit_code == 0
-    assert "1 results of other steps or scenes are left out" in answer.stderr
+    assert "left out, of other steps or scenes: 1 of 2 results" in answer.stderr
     table = ablation.TABLE.read_text()
     assert "low resolution only" not in table
     assert "| + objects: the whole model | 1 | 2 | 50.0 |" in table

@@ -96,6 +96,19 @@ def test_what_numbers_should_be_read_with_stands_below_the_table():
     assert report.NO_BOXES in report.markdown([row(case="1 picture, 0 boxes")])
 
 
+def test_rates_that_changed_are_told_once_and_in_full_beside_the_table():
+    note = f"{rows.DRIFTED}: bandwidth 30.0, then 20.0 G/s"
+    measured = [
+        row(name, 1.0, mode=mode, note=note) for mode in ("forward", "both") for name in ("original", "torch")
+    ]
+    told = f"{note[0].upper()}{note[1:]}."
+    assert report.markdown(measured).count(told) == 1
+    summary = report.readme(measured)
+    assert told not in summary
+    assert summary.count(rows.DRIFTED) == 1
+    assert f"- `neck`: {rows.DRIFTED}, by as much as the tables say" in summary
+
+
 def test_a_loss_is_said_as_plainly_as_a_win():
     text = report.markdown(
         [calm("original", 8.0, extra_bytes=10**8), calm("torch", 10.0, extra_bytes=8 * 10**8)]

@@ -103,8 +103,8 @@ def test_the_fast_path_learns_what_the_reference_learns(model_folder, data, tmp_
 @pytest.mark.parametrize(("engine", "stage"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2)])
 def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine, stage):
     """Among the batches: text alone in both processes, and pictures in one and text alone in the other."""
-    pictured, settings = (9 if stage == 2 else 5), {"stage": stage, "max_steps": 8}
-    data = write_data(tmp_path / "data", pictured=pictured, text_only=16 - pictured)
+    pictures, settings = (9 if stage == 2 else 5), {"stage": stage, "max_steps": 8}
+    data = write_data(tmp_path / "data", pictured=pictures, text_only=16 - pictures)
     trainer = build_trainer(run_recipe(model_folder, data, tmp_path / "one", **settings))
     order = list(trainer.order)
     pictured = [[trainer.order.lengths[i] > 0 for i in order[first : first + 2]] for first in range(0, 16, 2)]
