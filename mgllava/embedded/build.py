@@ -61,7 +61,8 @@ def _card(runs: Path, parameters: int, scores: dict[str, list[FamilyScore]]) -> 
     reports = {run: json.loads((runs / run / "report.json").read_text()) for run in RUNS[:3]}
     recipes = {run: json.loads((runs / run / "recipe.json").read_text()) for run in RUNS}
     steps = "\n".join(
-        f"| `mgllava train embedded-{run}` | {recipes[run]['seed']} | {training_seconds(runs / run) / 60:.0f} |"
+        f"| `mgllava train embedded-{run}` | {recipes[run]['seed']} | {recipes[run]['precision']} | "
+        f"{training_seconds(runs / run) / 60:.0f} |"
         for run in RUNS
     )
     regions = ", ".join(f"{name} {100 * value:.1f}%" for name, value in reports["towers"]["regions"].items())
@@ -119,8 +120,8 @@ print(session.ask("how many digits are there?"))
 
 On two CPU cores; data are made by `mgllava.scenes`, no scene or handwriting of the test split among them.
 
-| command | seed | minutes |
-| --- | ---: | ---: |
+| command | seed | precision | minutes |
+| --- | ---: | --- | ---: |
 {steps}
 
 - Stage 0, towers: both learn what each detected box shows and what each cell of their grids holds. On validation

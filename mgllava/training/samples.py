@@ -192,16 +192,25 @@ class TrainingSamples(Dataset):
         """From now on samples hold features in place of pictures."""
         self._encoder.features = store
 
-    def _count_replaced(self, number: int, error: BadRecord) -> None:
-        with self._replaced.get_lock():
-            self._replaced[number] = 1
-            bad = self.report.bad.total() + self.replaced
-        logger.warning(f"the next sample takes the place of a record: {error}")
+    def check_replaced(self, replaced: int, last: BadRecord | None = None) -> None:
+        """Raise DataError if more records are bad than allowed.
+
+        Args:
+            replaced: how many turned out to be bad since the start, here or in all training processes.
+            last: the last of them.
+        """
+        bad = self.report.bad.total() + replaced
         if bad > self._allowed:
             raise DataError(
                 f"{bad} of {self.report.records} records cannot be used, more than the {self._allowed} that "
-                f"max_bad_share allows; the last one: {error}"
-            ) from error
+                f"max_bad_share allows" + (f"; the last one: {last}" if last else "")
+            ) from last
+
+    def _count_replaced(self, number: int, error: BadRecord) -> None:
+        with self._replaced.get_lock():
+            self._replaced[number] = 1
+        logger.warning(f"the next sample takes the place of a record: {error}")
+        self.check_replaced(self.replaced, error)
 
     def _record(self, number: int):
         source = int(np.searchsorted(self._starts, number, side="right")) - 1

@@ -145,8 +145,20 @@ class MGLlavaTrainer(Trainer):
             steps, seconds = self._clock.lap(self.state.global_step)
             logs["samples_per_second"] = steps * self.order.global_batch / seconds
             logs["memory_gib"] = _memory(self.args.device) / 2**30
-            logs["records_replaced"] = getattr(self.train_dataset, "replaced", 0)
+            logs["records_replaced"] = self._check_replaced()
         super().log(logs, start_time)
+
+    def _check_replaced(self) -> int:
+        """How many records turned out to be bad since the start, in all processes.
+
+        Raises:
+            DataError: more than the recipe allows; each process by itself has noticed only its own.
+        """
+        replaced = torch.tensor(getattr(self.train_dataset, "replaced", 0), device=self.args.device)
+        total = int(self.accelerator.reduce(replaced))
+        if total:
+            self.train_dataset.check_replaced(total)
+        return total
 
 
 class _Clock(TrainerCallback):

@@ -8,6 +8,8 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from full_disk import fill_disk
+from miniature import losses_of
 from safetensors.torch import load_file
 
 from mgllava.chat import load_model
@@ -30,7 +32,7 @@ from mgllava.scenes import CAPTION_FAMILIES, WORDS, ask, caption, detect, sample
 from mgllava.scenes.evaluate import SHOWN, evaluate_answers
 from mgllava.training.assemble import assemble_model
 from mgllava.training.encode import Encoder
-from mgllava.training.errors import RecipeError
+from mgllava.training.errors import CheckpointError, RecipeError
 from mgllava.training.recipe import Parts, load_recipe, recipe_from_dict
 from mgllava.training.records import Record
 from mgllava.training.run import train
@@ -250,6 +252,17 @@ def test_an_interrupted_run_goes_on_exactly(parts, part, tmp_path, monkeypatch):
         again = load_file(result / path.parent.name / path.name)
         for name, value in load_file(path).items():
             torch.testing.assert_close(again[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["towers", "language_model"])
+def test_a_full_disk_loses_nothing(parts, part, tmp_path, monkeypatch):
+    recipe = tiny(part, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        fill_disk(patch, step=4, room=1_000)
+        with pytest.raises(CheckpointError, match=r"of step 4 cannot be written: .*checkpoint-2 is intact"):
+            pretrain(recipe)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert losses_of(pretrain(recipe)) == pytest.approx(losses_of(parts[part]), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,24 @@ def test_a_file_and_its_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ({"neon": True}, "float32"),
+    ],
+)
+def test_precision_of_the_machine(monkeypatch, capabilities, precision):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    recipe = recipe_from_dict(changed(precision="auto"))
+    assert recipe.precision == recipe.to_dict()["precision"] == precision
+    assert load_recipe("embedded-towers").precision == precision
+    assert load_recipe("vicuna-7b-stage-1").precision == "bfloat16"
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         (changed(learnin_rate=1e-3), "unknown key learnin_rate: 0.001; did you mean learning_rate?"),
@@ -82,7 +100,7 @@ def test_a_file_and_its_defaults(tmp_path):
         (changed(global_batch=0), "global_batch is 0; expected at least 1"),
         (changed(stage=3), "stage is 3; expected 1 or 2"),
         (changed(stage=True), "stage is True; expected 1 or 2"),
-        (changed(precision="fp8"), "precision is 'fp8'; expected 'bfloat16' or 'float32'"),
+        (changed(precision="fp8"), "precision is 'fp8'; expected 'bfloat16' or 'float32' or 'auto'"),
         (changed(gradient_checkpointing="yes"), "gradient_checkpointing is 'yes'; expected true or false"),
         (changed(report_to="tensorboard"), "report_to is 'tensorboard'; expected a list, each entry text"),
         (changed(report_to=[1]), r"report_to\[0\] is 1; expected text"),

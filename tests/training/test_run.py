@@ -2,12 +2,12 @@
 
 import json
 import random
-import resource
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from full_disk import fill_disk
 from miniature import losses_of, tiny_recipe, write_data, write_tiny_model
 from PIL import Image
 from run_recipe import run_in_processes
@@ -100,10 +100,19 @@ def test_the_fast_path_learns_what_the_reference_learns(model_folder, data, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "stage"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine, stage):
+@pytest.mark.parametrize(
+    ("engine", "changes", "weights"),
+    [
+        ("ddp", {"stage": 1}, "neck"),
+        ("ddp", {}, "model"),
+        ("ddp", {"lora": {"rank": 2, "alpha": 4, "dropout": 0.0}}, "adapter_model"),
+        ("fsdp2", {}, "model"),
+    ],
+    ids=["ddp-stage-1", "ddp-stage-2", "ddp-lora", "fsdp2-stage-2"],
+)
+def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine, changes, weights):
     """Among the batches: text alone in both processes, and pictures in one and text alone in the other."""
-    pictures, settings = (9 if stage == 2 else 5), {"stage": stage, "max_steps": 8}
+    pictures, settings = (5 if "stage" in changes else 9), changes | {"max_steps": 8}
     data = write_data(tmp_path / "data", pictured=pictures, text_only=16 - pictures)
     trainer = build_trainer(run_recipe(model_folder, data, tmp_path / "one", **settings))
     order = list(trainer.order)
@@ -122,8 +131,28 @@ def test_two_processes_learn_what_one_learns(model_folder, tmp_path, engine, sta
     assert run_in_processes(recipe, processes=2, sharded=engine == "fsdp2") == [0, 0]
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=TOLERANCE)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file() == (engine == "fsdp2")
-    weights = f"checkpoint-8/{'neck' if stage == 1 else 'model'}.safetensors"
-    assert_same_weights(tmp_path / "one" / weights, tmp_path / "two" / weights, TOLERANCE)
+    one, two = (tmp_path / name / "checkpoint-8" / f"{weights}.safetensors" for name in ("one", "two"))
+    assert_same_weights(one, two, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("damaged", "codes"), [(1, [0, 0]), (2, [1, 1])])
+def test_damaged_pictures_of_all_processes_count_together(model_folder, tmp_path, damaged, codes):
+    """One of 16 may be bad, and each of two processes meets at most one."""
+    data = write_data(tmp_path / "data", pictured=16, text_only=0)
+    recipe = run_recipe(
+        model_folder, data, tmp_path / "run", stage=1, max_steps=4, per_device_batch=2, max_bad_share=0.1
+    )
+    order = list(build_trainer(recipe).order)
+    for number in order[: 2 * damaged : 2]:  # the first of each process's first batch
+        picture = tmp_path / "data" / "pictures" / f"{number}.png"
+        picture.write_bytes(picture.read_bytes()[:-60])
+    assert run_in_processes(recipe, processes=2) == codes
+    if damaged == 1:
+        state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+        assert state["log_history"][0]["records_replaced"] == 1
+    else:
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(model_folder, data, tmp_path, uninterrupted):
@@ -173,21 +202,9 @@ def stop_at(step, training_step):
 
 
 def test_a_full_disk_loses_nothing(model_folder, data, tmp_path, monkeypatch, uninterrupted):
-    """Files may not grow over 100 kB while the second checkpoint is written."""
     output = tmp_path / "full"
     recipe = run_recipe(model_folder, data, output)
-    save = MGLlavaTrainer._save_checkpoint
-
-    def save_on_a_full_disk(self, *args):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if self.state.global_step == 4:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        try:
-            save(self, *args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    monkeypatch.setattr(MGLlavaTrainer, "_save_checkpoint", save_on_a_full_disk)
+    fill_disk(monkeypatch, step=4, room=100_000)
     with pytest.raises(CheckpointError, match=r"of step 4 cannot be written: .*checkpoint-2 is intact"):
         train(recipe)
     monkeypatch.undo()
