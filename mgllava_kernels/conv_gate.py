@@ -191,9 +191,12 @@ class ConvGateFusion(nn.Module):
         """Convolutions Xavier-uniform, both projections and all biases zero, gate weights as torch's linear
         layers.
 
-        A fresh module passes the low-resolution tokens through unchanged.
+        A fresh module passes the low-resolution tokens through unchanged. Layers without elements, whose weights
+        DeepSpeed's ZeRO-3 has taken away already, are left alone: gather them and call this again.
         """
         for name, layer in self._layers().items():
+            if not layer.weight.numel():
+                continue
             if name.endswith("_conv"):
                 nn.init.xavier_uniform_(layer.weight)
             elif name.endswith("_proj"):

@@ -35,5 +35,6 @@ def write_model(recipe: Recipe, checkpoint: Path, folder: Path) -> None:
         model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
     model.generation_config = GenerationConfig.from_pretrained(recipe.model)
     with replace_folder(folder) as scratch:
-        model.save_pretrained(scratch)
+        # By the model's own names: what ZeRO-3 wrote has older ones, which would be given back.
+        model.save_pretrained(scratch, save_original_format=False)
         MGLlavaProcessor.from_pretrained(recipe.model).save_pretrained(scratch)

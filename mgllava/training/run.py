@@ -3,14 +3,15 @@
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks, unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -91,7 +92,7 @@ def build_trainer(recipe: Recipe) -> MGLlavaTrainer:
         include_num_input_tokens_seen="non_padding",
     )
     # One process of all nodes, which share the disk, as they do for checkpoints.
-    with arguments.main_process_first(local=False, desc="putting the model together"):
+    with arguments.main_process_first(local=False, desc="putting the model together"), _unsharded(arguments):
         _assemble_if_missing(recipe)
     processor = MGLlavaProcessor.from_pretrained(recipe.model)
     text_limit = recipe.text_limit or TEXT_AND_IMAGE_TOKENS - processor.num_image_tokens
@@ -185,6 +186,20 @@ def check_trackers(recipe: RunSettings) -> None:
             ) from error
 
 
+@contextmanager
+def _unsharded(arguments: TrainingArguments) -> Iterator[None]:
+    """Models are built whole, though ZeRO-3 is set up, which would share each weight with processes that wait."""
+    plugin = arguments.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
+
+
 def _assemble_if_missing(recipe: Recipe) -> None:
     if recipe.parts is None:
         check_model_folder(recipe.model)
@@ -253,7 +268,8 @@ def _write_result(trainer: MGLlavaTrainer, recipe: Recipe) -> Path:
             if recipe.stage == 1:
                 save_neck(load_file(last / NECK_FILE), result)
             else:
-                write_model(recipe, last, result)
+                with _unsharded(trainer.args):
+                    write_model(recipe, last, result)
         except UNWRITABLE as error:
             raise CheckpointError(
                 f"{result} cannot be written: {error}; {last} is intact, and the same command tries again"

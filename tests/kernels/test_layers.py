@@ -200,3 +200,15 @@ def test_a_convolution_of_another_kind_is_called(name, replacement):
     torch.testing.assert_close(fusion(low_res, high_res), expected)
     with pytest.raises(RuntimeError, match=f"{name} is Conv2d"), use_backend("triton"):
         fusion(low_res, high_res)
+
+
+def test_weights_that_zero_3_has_taken_away_are_left_alone():
+    """DeepSpeed takes each layer's weights as soon as it is made, before the module around it sets them."""
+    fusion = ConvGateFusion(6, 8)
+    taken = [fusion.high_res_conv, fusion.low_res_proj, fusion.gate_in]
+    for layer in taken:
+        layer.weight.data = torch.empty(0)
+    fusion.gate_out.weight.data.fill_(7.0)
+    fusion.reset_parameters()
+    assert all(layer.weight.shape == (0,) for layer in taken)
+    assert fusion.gate_out.weight.abs().max() < 1

@@ -1,7 +1,11 @@
 """The embedded model: what is shipped, what it can do, and the commands that use it."""
 
 import json
+import os
 import re
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +74,16 @@ def test_demo_asks_and_draws(run, tmp_path):
         assert drawn.size == picture.size
         assert drawn.convert("RGB").tobytes() != picture.convert("RGB").tobytes()
     assert list(drawing.parent.iterdir()) == [drawing]
+
+
+@pytest.mark.slow
+def test_demo_takes_less_than_15_seconds(tmp_path):
+    """Of one core: what else the machine does meanwhile does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "mgllava", "demo", "--output", str(tmp_path / "boxes.png")]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
 
 
 def test_demo_finds_boxes_itself(run, tmp_path):

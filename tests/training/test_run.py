@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -11,13 +12,16 @@ from full_disk import fill_disk
 from miniature import losses_of, tiny_recipe, write_data, write_tiny_model
 from PIL import Image
 from run_recipe import run_in_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from mgllava.training.errors import CheckpointError, DataError, RecipeError
 from mgllava.training.neck import is_neck, load_neck
 from mgllava.training.recipe import recipe_from_dict
-from mgllava.training.run import build_trainer, train
+from mgllava.training.result import write_model
+from mgllava.training.run import _unsharded, build_trainer, train
 from mgllava.training.trainer import MGLlavaTrainer
 from mgllava_kernels import use_backend
 
@@ -295,6 +299,39 @@ def test_the_result_of_stage_2_loads_and_answers(uninterrupted, model_folder):
 
 def without_dtype(values):
     return {key: value for key, value in values.items() if key != "dtype"}
+
+
+def test_the_result_has_the_models_own_names(model_folder, data, tmp_path, uninterrupted):
+    """Whatever the checkpoint has: transformers writes older ones under ZeRO-3."""
+    result = load_file(uninterrupted / "model" / "model.safetensors")
+    checkpoint = shutil.copytree(uninterrupted / "checkpoint-6", tmp_path / "checkpoint")
+    older = {
+        name.replace("model.language_model.", "model.language_model.model."): value
+        for name, value in result.items()
+    }
+    save_file(older, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    write_model(run_recipe(model_folder, data, tmp_path / "run"), checkpoint, tmp_path / "model")
+    again = load_file(tmp_path / "model" / "model.safetensors")
+    assert again.keys() == result.keys() != older.keys()
+    assert all(torch.equal(again[name], value) for name, value in result.items())
+
+
+def test_what_one_process_builds_is_not_sharded():
+    """ZeRO-3 would wait for the others at every weight."""
+
+    class Sharded:
+        def is_zero3(self):
+            return True
+
+    config = Sharded()
+    plugin = SimpleNamespace(set_deepspeed_weakref=lambda: set_hf_deepspeed_config(config))
+    plugin.set_deepspeed_weakref()
+    try:
+        with _unsharded(SimpleNamespace(deepspeed_plugin=plugin)):
+            assert not is_deepspeed_zero3_enabled()
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def test_adapters_are_merged_into_the_result(model_folder, data, tmp_path):
