@@ -62,13 +62,14 @@ SEEDS = (1, 2, 3)
 STEPS = (300, 600)
 SCENES = 4800
 TEST_SCENES = 2000
+PRECISION = "float32"  # which every CPU has, so that runs of several machines can be compared
 
 TEXT = """# What each part of the model adds
 
 Written by `python -m benchmarks.ablation`; do not edit. All arms begin with the same frozen towers and language model
 of stage 0 (those of the embedded model) and see the same {scenes:,} scenes for {first:,} steps in stage 1 and
-{second:,} in stage 2, fewer than the embedded model. They differ in what they are shown of a picture and in how they
-fuse, seeds in the neck's first weights and in the order of the data.
+{second:,} in stage 2, fewer than the embedded model, in {precision}. They differ in what they are shown of a picture
+and in how they fuse, seeds in the neck's first weights and in the order of the data.
 
 Scores are shares of questions about {questions:,} test scenes that are answered exactly, in per cent; of several seeds
 the mean (lowest to highest). The number of questions alone makes a score uncertain by ± {margin:.1f} (95%).
@@ -110,6 +111,7 @@ def recipes(arm: Arm, seed: int, folder: Path) -> tuple[dict[str, Any], dict[str
         "show": arm.show,
         "seed": seed,
         "save_every": 200,
+        "precision": PRECISION,
     }
     first |= shared | {"output": str(output / "stage-1"), "max_steps": STEPS[0]}
     first["parts"] |= parts(folder / "parts") | {"fusion_variant": arm.variant}
@@ -157,6 +159,7 @@ def measure(arm: Arm, seed: int) -> dict[str, Any]:
         "seed": seed,
         "steps": list(STEPS),
         "scenes": SCENES,
+        "precision": PRECISION,
         "minutes": seconds / 60,
         "scores": {score.group: [score.right, score.questions] for score in scores},
     }
@@ -212,6 +215,7 @@ def document(results: Sequence[dict[str, Any]]) -> str:
         first=first,
         second=second,
         scenes=scenes,
+        precision=results[0]["precision"],
         questions=questions,
         margin=margin,
         steps=step_table(results),
@@ -260,11 +264,10 @@ def main(
         console.print(f"--arm must be one of {', '.join(one.name for one in ARMS)}; got {', '.join(unknown)}")
         raise typer.Exit(1)
     found = json.loads(RESULT.read_text()) if RESULT.is_file() else []
-    results = [one for one in found if (one["steps"], one["scenes"]) == (list(STEPS), SCENES)]
+    settings = {"steps": list(STEPS), "scenes": SCENES, "precision": PRECISION}
+    results = [one for one in found if settings.items() <= one.items()]
     if len(results) < len(found):
-        console.print(
-            f"left out, of other steps or scenes: {len(found) - len(results)} of {len(found)} results"
-        )
+        console.print(f"left out, of other settings: {len(found) - len(results)} of {len(found)} results")
     for seed in () if report else SEEDS[:seeds]:
         for one in ARMS:
             is_done = any((result["arm"], result["seed"]) == (one.name, seed) for result in results)

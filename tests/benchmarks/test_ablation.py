@@ -14,6 +14,7 @@ def result(arm, seed, right):
         "seed": seed,
         "steps": [1, 1],
         "scenes": 8,
+        "precision": "float32",
         "minutes": 2.0,
         "scores": {"all": [right, 10], "count_kind": [right // 2, 5]},
     }
@@ -82,7 +83,7 @@ def test_results_of_another_budget_are_not_mixed_in(places, monkeypatch):
     ablation.RESULT.write_text(json.dumps([other, result("gate_sum", 1, 5)]))
     answer = run("--report")
     assert answer.exit_code == 0
-    assert "left out, of other steps or scenes: 1 of 2 results" in answer.stderr
+    assert "left out, of other settings: 1 of 2 results" in answer.stderr
     table = ablation.TABLE.read_text()
     assert "low resolution only" not in table
     assert "| + objects: the whole model | 1 | 2 | 50.0 |" in table
