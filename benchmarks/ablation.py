@@ -57,7 +57,7 @@ STEPS_SHOWN = (
     ("gate_sum", "concat_raw"),
 )
 SEEDS = (1, 2, 3)
-# Of stages 1 and 2: six arms of three seeds in three hours on two cores. With 16 samples a step a scene is seen once in
+# Of stages 1 and 2: six arms of three seeds in four hours on two cores. With 16 samples a step a scene is seen once in
 # stage 1 and twice, with other questions, in stage 2.
 STEPS = (300, 600)
 SCENES = 4800
@@ -132,7 +132,14 @@ def train(recipe: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(recipe))
     processes = min(os.cpu_count() or 1, recipe["global_batch"] // recipe["per_device_batch"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     command += ["-m", "mgllava", "train", str(path)]
     run = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True

@@ -37,6 +37,9 @@ def training_arguments(
     )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = settings.accumulation(world_size)
+    precision = "bf16" if settings.precision == "bfloat16" else "no"
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", precision) != precision:  # of `accelerate launch`
+        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     if world_size == 1 and torch.cuda.device_count() > 1:
         raise RecipeError(
             f"one process was started on {torch.cuda.device_count()} GPUs; start one for each with "
@@ -52,7 +55,7 @@ def training_arguments(
         max_steps=settings.max_steps or -1,
         lr_scheduler_type="cosine" if settings.schedule == "cosine" else "constant_with_warmup",
         warmup_steps=settings.warmup_share,
-        bf16=settings.precision == "bfloat16",
+        bf16=precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         seed=settings.seed,
         data_seed=settings.seed,

@@ -100,7 +100,7 @@ def _orthogonalise(matrix: Tensor) -> Tensor:
     """About U Vᵀ of the matrix's singular value decomposition."""
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
-    result = matrix.T if is_tall else matrix
+    result = (matrix.T if is_tall else matrix).float()
     result = result / result.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = result @ result.T

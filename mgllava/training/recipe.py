@@ -286,14 +286,15 @@ def check_same_run(old: RunSettings, new: RunSettings, folder: Path) -> None:
     for key, value in new.to_dict().items():
         before = old.to_dict()[key]
         if key not in CHANGEABLE and value != before:
+            hint = f"write {key}: {before} if it says auto, " if key == "precision" else ""
             raise RecipeError(
-                f"{folder} holds a run with {key}: {before}, the recipe says {value}; choose another output, or "
+                f"{folder} holds a run with {key}: {before}, the recipe says {value}; {hint}choose another output, or "
                 f"remove that folder to start anew"
             )
 
 
 def native_precision() -> Literal["bfloat16", "float32"]:
-    """`bfloat16` where the GPU, or without one the CPU, has instructions for it, else `float32`.
+    """`bfloat16` where the GPU, or without one an x86 CPU, has instructions for it, else `float32`.
 
     On a CPU with AVX2 alone (AMD EPYC, torch 2.15) a bfloat16 depthwise convolution takes 120 times as long as a
     float32 one, and a matrix product 14 times.

@@ -134,9 +134,9 @@ class TrainingSamples(Dataset):
         return len(self._kept)
 
     @property
-    def replaced(self) -> int:
-        """Records that turned out to be bad since the start, for all workers of this process."""
-        return int(np.count_nonzero(np.frombuffer(self._replaced.get_obj(), dtype=np.uint8)))
+    def replaced(self) -> np.ndarray:
+        """Which records turned out to be bad since the start, for all workers of this process: (records,) bool."""
+        return np.frombuffer(self._replaced.get_obj(), dtype=bool)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -210,7 +210,7 @@ class TrainingSamples(Dataset):
         with self._replaced.get_lock():
             self._replaced[number] = 1
         logger.warning(f"the next sample takes the place of a record: {error}")
-        self.check_replaced(self.replaced, error)
+        self.check_replaced(int(self.replaced.sum()), error)
 
     def _record(self, number: int):
         source = int(np.searchsorted(self._starts, number, side="right")) - 1

@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from .errors import UNWRITABLE, CheckpointError, RecipeError
 from .muon import MuonWithAdamW
 from .neck import NECK_FILE, load_neck, save_neck
+from .samples import TrainingSamples
 from .sampling import TrainingOrder
 
 __all__ = ["MGLlavaTrainer"]
@@ -86,7 +87,9 @@ class MGLlavaTrainer(Trainer):
 
         Raises:
             CheckpointError: it cannot be written; the one before is intact.
+            DataError: as `_check_replaced`.
         """
+        self._check_replaced()
         folder = Path(self.args.output_dir)
         scratch = folder / SCRATCH
         if self.args.should_save:
@@ -154,10 +157,14 @@ class MGLlavaTrainer(Trainer):
         Raises:
             DataError: more than the recipe allows; each process by itself has noticed only its own.
         """
-        replaced = torch.tensor(getattr(self.train_dataset, "replaced", 0), device=self.args.device)
-        total = int(self.accelerator.reduce(replaced))
-        if total:
-            self.train_dataset.check_replaced(total)
+        if not isinstance(self.train_dataset, TrainingSamples):
+            return 0
+        replaced = torch.tensor(self.train_dataset.replaced, dtype=torch.int32, device=self.args.device)
+        if not int(self.accelerator.reduce(replaced.sum())):
+            return 0
+        # Several processes may have met the same one, in other epochs.
+        total = int((self.accelerator.reduce(replaced) > 0).sum())
+        self.train_dataset.check_replaced(total)
         return total
 
 

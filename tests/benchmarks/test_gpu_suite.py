@@ -535,7 +535,7 @@ def some_tests(tmp_path, monkeypatch) -> Path:
 
 def test_shards_survive_failures_crashes_and_hangs(tmp_path, some_tests):
     folder = tmp_path / "records"
-    errors = shards.run([str(some_tests)], folder, number=2, hangs_after=4)
+    errors = shards.run([str(some_tests)], folder, number=2, hangs_after=10)
     results = shards.read_results(folder)
     assert errors == []
     assert (len(results.passed), len(results.skipped), results.collected, results.missing) == (5, 1, 9, 0)
@@ -543,13 +543,13 @@ def test_shards_survive_failures_crashes_and_hangs(tmp_path, some_tests):
     assert reasons == {
         "test_fails": "AssertionError: one is not two",
         "test_crashes": "its process ended with status 7",
-        "test_hangs": "hung: nothing for 4 s",
+        "test_hangs": "hung: nothing for 10 s",
     }
     assert str(results) == "5 passed, 3 failed, 1 skipped"
 
     # What has a result is not run again.
     before = {path: path.stat().st_size for path in folder.glob("*.jsonl")}
-    assert shards.run([str(some_tests)], folder, number=2, hangs_after=4) == []
+    assert shards.run([str(some_tests)], folder, number=2, hangs_after=10) == []
     again = shards.read_results(folder)
     assert (again.passed, again.failed) == (results.passed, results.failed)
     started = [record["start"] for path in before for record in shards.read(path) if "start" in record]

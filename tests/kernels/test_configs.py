@@ -106,10 +106,10 @@ def test_tables_are_read_once(own, monkeypatch):
 
 def test_a_choice_costs_no_more_than_a_few_microseconds():
     ask()
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(2000):
         ask()
-    assert (time.perf_counter() - start) / 2000 < 50e-6
+    assert (time.process_time() - start) / 2000 < 50e-6
 
 
 def test_what_is_written_is_read(own):

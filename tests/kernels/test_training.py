@@ -21,7 +21,7 @@ from training_cases import PROCESSES, SHARDINGS, SPLITS, batch, loss_of, neck
 
 from mgllava_kernels import ConvGateFusion, Projector, use_backend
 
-SECONDS = 240
+SECONDS = 600
 FUSED = ["conv_gate_fusion", "grouped_mlp_projector", "pooled_roi_align"]
 BOXES = (3, 1)
 

@@ -216,7 +216,7 @@ def main(rank: int, store: Path, results: Path) -> None:
     torch.set_num_threads(1)
     meeting = dist.FileStore(str(store), PROCESSES)
     dist.init_process_group(
-        "gloo", timeout=timedelta(seconds=120), store=meeting, rank=rank, world_size=PROCESSES
+        "gloo", timeout=timedelta(seconds=300), store=meeting, rank=rank, world_size=PROCESSES
     )
     results.write_text(json.dumps({name: measure() for name, measure in cases(rank)}))
     dist.destroy_process_group()

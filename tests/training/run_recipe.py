@@ -74,8 +74,11 @@ def _run(path: str, killed_at: str, environment: dict[str, str]) -> None:
         KilledTrainer.what, at = killed_at.split()
         KilledTrainer.at = int(at)
         mgllava.training.run.MGLlavaTrainer = KilledTrainer
-    with open(path) as file:
-        mgllava.training.run.train(recipe_from_dict(json.load(file)))
+    try:
+        mgllava.training.run.train(recipe_from_dict(json.loads(Path(path).read_text())))
+    except Exception as error:
+        Path(path).with_suffix(f".{environment.get('RANK', 0)}.error").write_text(str(error))
+        raise
 
 
 class KilledTrainer(MGLlavaTrainer):

@@ -258,7 +258,7 @@ def test_an_interrupted_run_goes_on_exactly(parts, part, tmp_path, monkeypatch):
 def test_a_full_disk_loses_nothing(parts, part, tmp_path, monkeypatch):
     recipe = tiny(part, tmp_path / "run")
     with monkeypatch.context() as patch:
-        fill_disk(patch, step=4, room=1_000)
+        fill_disk(patch, step=4, room=20_000)
         with pytest.raises(CheckpointError, match=r"of step 4 cannot be written: .*checkpoint-2 is intact"):
             pretrain(recipe)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
