@@ -4,6 +4,7 @@ import pytest
 import yaml
 from miniature import tiny_recipe
 
+from mgllava.training.arguments import training_arguments
 from mgllava.training.errors import RecipeError
 from mgllava.training.recipe import check_same_run, load_recipe, recipe_from_dict, shipped_recipes
 
@@ -85,6 +86,16 @@ def test_precision_of_the_machine(monkeypatch, capabilities, precision):
     assert recipe.precision == recipe.to_dict()["precision"] == precision
     assert load_recipe("embedded-towers").precision == precision
     assert load_recipe("vicuna-7b-stage-1").precision == "bfloat16"
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("float32", "no"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize("launched", ["no", "bf16"])
+def test_the_recipe_decides_the_precision_whatever_accelerate_was_told(
+    monkeypatch, tmp_path, launched, precision, expected
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    recipe = recipe_from_dict(changed(precision=precision, output=str(tmp_path)))
+    assert training_arguments(recipe).mixed_precision == expected
 
 
 @pytest.mark.parametrize(
