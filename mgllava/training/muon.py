@@ -9,10 +9,6 @@ from torch.optim import AdamW, Muon, Optimizer
 
 __all__ = ["MuonWithAdamW"]
 
-# Of the quintic iteration, five times (https://kellerjordan.github.io/posts/muon).
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
-
 
 class MuonWithAdamW(Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon) on the weights of linear layers, AdamW on everything else.
@@ -92,17 +88,17 @@ class _Float32Muon(Muon):
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(state["momentum_buffer"], group["momentum"])
-                scale = 0.2 * max(weight.shape) ** 0.5
-                weight.add_(_orthogonalise(update), alpha=-group["lr"] * scale)
+                scale = 0.2 * max(weight.shape) ** 0.5  # `match_rms_adamw`
+                weight.add_(_orthogonalise(update, group), alpha=-group["lr"] * scale)
 
 
-def _orthogonalise(matrix: Tensor) -> Tensor:
-    """About U Vᵀ of the matrix's singular value decomposition."""
-    a, b, c = COEFFICIENTS
+def _orthogonalise(matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    """About U Vᵀ of the matrix's singular value decomposition, by the quintic iteration of the group's settings."""
+    a, b, c = group["ns_coefficients"]
     is_tall = matrix.shape[0] > matrix.shape[1]
     result = (matrix.T if is_tall else matrix).float()
-    result = result / result.norm().clamp(min=1e-7)
-    for _ in range(ITERATIONS):
+    result = result / result.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
         gram = result @ result.T
         result = torch.addmm(result, torch.addmm(gram, gram, gram, beta=b, alpha=c), result, beta=a)
     return result.T if is_tall else result

@@ -132,9 +132,8 @@ class RunSettings:
     report_to: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if (
-            self.precision == "auto"
-        ):  # at once: a run that another machine goes on with stays what it was, or is refused
+        # At once: a run that another machine goes on with stays what it was, or is refused.
+        if self.precision == "auto":
             object.__setattr__(self, "precision", native_precision())
         for name in ("global_batch", "per_device_batch", "save_every", "keep_checkpoints", "log_every"):
             check_value(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")

@@ -77,8 +77,8 @@ def test_demo_asks_and_draws(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_takes_less_than_15_seconds(tmp_path):
-    """Of one core, or twice that of a slow or a busy one; how long it waited does not count."""
+def test_demo_takes_seconds(tmp_path):
+    """Of one core: 11 s on a busy machine. How long it waited for a core does not count."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "mgllava", "demo", "--output", str(tmp_path / "boxes.png")]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)

@@ -107,7 +107,7 @@ def test_it_learns():
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (32, 32)])
 def test_matrices_move_as_torchs_muon_moves_them(shape):
-    """Which iterates in bfloat16: of 3,000 seeds the largest difference is about 2%."""
+    """Which iterates in bfloat16: of 300 seeds, the first step differed by 3.1% at most."""
     layer = nn.Linear(shape[1], shape[0])
     weight = nn.Parameter(layer.weight.detach().clone())
     settings = {"weight_decay": 0.0, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
